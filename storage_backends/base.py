@@ -28,19 +28,27 @@ class Capabilities:
     """Facts about a backend as data, so that callers never ask for its type.
 
     Attributes:
-        arbitrates: ``create`` has exactly one winner even among racing machines (filled in by ``probe``).
+        arbitrates: ``create`` has exactly one winner even among racing machines. On a backend this is a
+            claim; in the answer of ``probe`` it has been tried.
         local: ``path`` returns a local path, so bytes can be read and written without this interface.
+        reason: why the backend does not arbitrate; empty where it does.
     """
 
     arbitrates: bool
     local: bool
+    reason: str = ""
 
 
 class Sink(Protocol):
     """One object being written. As a context manager: normal exit commits, an exception cancels.
 
     Nothing is visible under the name before ``commit`` returns; a sink that is neither committed nor
-    cancelled (its process died) leaves nothing visible. Not thread-safe.
+    cancelled (its process died, the object was garbage-collected) leaves nothing visible. Not thread-safe.
+
+    Never retried from inside: after any error the sink is dead (a second fsync or a second completion may
+    report a success that did not happen). Cancel it and write the whole object again through a new sink,
+    which is safe because names of data are never reused by different contents. After ``UnavailableError``
+    from ``commit`` the object may be visible, but then it is whole.
     """
 
     def write(self, data: bytes | memoryview) -> None:
@@ -74,9 +82,9 @@ class Storage(Protocol):
         Returns ``None`` when ``name`` now holds exactly ``data``, whether by this call or by an identical
         earlier one (so a call whose reply was lost may run again: callers put a unique id into ``data``).
         Returns the bytes that hold the name when they differ: somebody else won. Readers see all of the
-        bytes or nothing; on return they are durable. ``data`` must not be empty (``InvalidError``): an
-        empty body defeats conditional writes on some stores. After ``UnavailableError`` the outcome is
-        *unknown*, never "failed": the object may still appear.
+        bytes or nothing; on return they are durable, whoever wrote them. ``data`` must not be empty
+        (``InvalidError``): an empty body defeats conditional writes on some stores. After
+        ``UnavailableError`` the outcome is *unknown*, never "failed": the object may still appear.
         """
 
     def sink(self, name: str) -> Sink:
@@ -85,18 +93,25 @@ class Storage(Protocol):
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes ``start:end`` of the object (``end`` exclusive; ``None`` is its end). Shorter when the
-        object is shorter. May run twice."""
+        object is shorter, empty past its end; negative bounds are ``InvalidError``. May run twice."""
 
     def size(self, name: str) -> int:
         """Size in bytes."""
 
     def list(self, prefix: str = "") -> list[str]:
         """Full names of the immediate children of the directory ``prefix``, sorted; a child that is itself a
-        directory ends in ``/``. Empty when there is no such directory. A *hint*: it may be stale, and no
-        decision may rest on what it lacks."""
+        directory ends in ``/`` (and may be handed back as it is). Empty when there is no such directory.
+        What has no well-formed name (temporary files) is left out. A *hint*: it may be stale, a directory
+        whose last object was deleted may or may not appear, and no decision may rest on what it lacks."""
 
     def delete(self, name: str) -> None:
-        """Remove the object; absent is fine. May run twice."""
+        """Remove the object; absent is fine. Not durable by itself: after a power loss the object may be
+        back. May run twice."""
+
+    def delete_all(self, prefix: str) -> None:
+        """Remove every object below the directory ``prefix``, with what dead writers left there (temporary
+        files, unfinished uploads); absent is fine. Only for directories in which nobody writes any more.
+        Not atomic: after an error some objects may be gone. May run twice."""
 
     def path(self, name: str) -> Path | None:
         """The local file that holds ``name``, whether it exists yet or not; ``None`` unless
@@ -106,12 +121,45 @@ class Storage(Protocol):
         """Release connections. May run twice."""
 
 
+def well_formed(name: str) -> bool:
+    """Whether ``name`` is one that this interface can address."""
+    return bool(_NAME.fullmatch(name)) and not any(segment in (".", "..") for segment in name.split("/"))
+
+
 def check_name(name: str) -> str:
     """Return ``name`` if it is well formed, else raise ``InvalidError`` saying what is allowed."""
-    if not _NAME.fullmatch(name) or any(segment in (".", "..") for segment in name.split("/")):
+    if not well_formed(name):
         raise InvalidError(
             f"{name!r} is not a valid object name",
             operation="storage",
             hint="use /-separated segments of letters, digits, '.', '_' and '-'",
         )
     return name
+
+
+def check_directory(prefix: str, *, root: bool = True) -> str:
+    """``prefix`` without its final ``/``; "" is the root, refused unless ``root``. For backends."""
+    prefix = prefix.removesuffix("/")
+    return prefix if root and not prefix else check_name(prefix)
+
+
+def check_data(data: bytes, name: str) -> None:
+    """Refuse the empty body, for ``create``. For backends."""
+    if not data:
+        raise InvalidError(
+            f"cannot create {name} empty",
+            operation="create",
+            path=name,
+            hint="put at least the writer's id into it: some stores overwrite with an empty body",
+        )
+
+
+def check_range(start: int, end: int | None, name: str) -> None:
+    """Refuse negative bounds: backends disagree on what they mean. For backends."""
+    if start < 0 or (end is not None and end < 0):
+        raise InvalidError(
+            f"cannot read bytes {start}:{end} of {name}",
+            operation="read",
+            path=name,
+            hint="count from the beginning of the object; size() tells its end",
+        )

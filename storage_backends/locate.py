@@ -1,0 +1,117 @@
+"""From a URL to a storage object.
+
+Owns the meaning of storage URLs: a plain path or ``file://`` is a POSIX directory, ``memory://name`` the
+store of that name in this process, everything else an fsspec URL. Must not import fsspec before a URL asks
+for it, and must not touch the store: nothing is created, and no connection is made, before the first call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+from resilience.errors import InvalidError
+from storage_backends.base import Storage, check_name
+from storage_backends.posix import PosixStorage
+from storage_backends.retry import RetryPolicy, RetryStorage
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+# What to install for the schemes that can hold a run; fsspec names the package of every other one itself.
+_INSTALL = {
+    "s3": ("s3fs", "pip install 'resilience[s3]'  (or: pip install s3fs)"),
+    "s3a": ("s3fs", "pip install 'resilience[s3]'  (or: pip install s3fs)"),
+    "gs": ("gcsfs", "pip install gcsfs"),
+    "gcs": ("gcsfs", "pip install gcsfs"),
+    "az": ("adlfs", "pip install adlfs"),
+    "abfs": ("adlfs", "pip install adlfs"),
+    "abfss": ("adlfs", "pip install adlfs"),
+}
+
+
+def open_storage(url: str, *, retry: bool | RetryPolicy = True) -> Storage:
+    """The storage whose root is ``url``.
+
+    Args:
+        url: ``/path``, ``file:///path``, ``memory://name[/path]``, ``s3://bucket[/path]``, or any URL that
+            fsspec knows.
+        retry: repeat what failed with ``UnavailableError``: with the default policy, with the one given, or
+            not at all. Sinks are not retried (see ``Sink``).
+
+    Raises:
+        InvalidError: unknown scheme, or the package behind it is not installed (the hint names it).
+    """
+    storage = _open(url)
+    if retry is False:
+        return storage
+    return RetryStorage(storage, RetryPolicy() if retry is True else retry)
+
+
+def child(url: str, *names: str) -> str:
+    """The URL of the directory ``names`` below ``url``: ``child("s3://b/runs", "run-1", "node-a")``."""
+    return "/".join((url.rstrip("/"), *(check_name(n) for n in names)))
+
+
+def _open(url: str) -> Storage:
+    match = _SCHEME.fullmatch(url)
+    if not url or (match and not match[2].strip("/") and match[1].lower() != "file"):
+        raise InvalidError(
+            f"{url!r} names no storage root",
+            operation="open_storage",
+            path=url,
+            hint="give a path, or a URL such as s3://bucket/runs",
+        )
+    if match is None:
+        return PosixStorage(url)
+    scheme, rest = match[1].lower(), match[2]
+    if scheme in ("file", "local"):
+        return PosixStorage(_absolute(rest, url))
+    if scheme == "memory":
+        from storage_backends.memory import MemoryStorage, process_disk
+
+        netloc, _, path = rest.strip("/").partition("/")
+        return MemoryStorage(process_disk(netloc), path, url=f"memory://{rest.strip('/')}")
+    _check_installed(scheme, url)
+    from storage_backends.object import ObjectStorage
+
+    return ObjectStorage(f"{scheme}://{rest}")
+
+
+def _absolute(path: str, url: str) -> str:
+    if not path.startswith("/"):
+        raise InvalidError(
+            f"{url!r} is not an absolute path",
+            operation="open_storage",
+            path=url,
+            hint=f"write file:///{path} or a plain path",
+        )
+    return path
+
+
+def _check_installed(scheme: str, url: str) -> None:
+    if scheme in _INSTALL:
+        package, command = _INSTALL[scheme]
+        if importlib.util.find_spec(package) is None:
+            raise InvalidError(
+                f"{url} needs the package {package}", operation="open_storage", path=url, hint=command
+            )
+        return
+    from fsspec.registry import get_filesystem_class, known_implementations
+
+    try:
+        get_filesystem_class(scheme)
+    except ImportError as error:
+        text = str(known_implementations.get(scheme, {}).get("err", "")) or str(error)
+        raise InvalidError(
+            f"{url} needs a package that is not installed: {error}",
+            operation="open_storage",
+            path=url,
+            hint=text,
+        ) from error
+    except ValueError as error:
+        known = ", ".join(sorted({"file", "memory", *_INSTALL}))
+        raise InvalidError(
+            f"{url}: the scheme {scheme!r} is unknown",
+            operation="open_storage",
+            path=url,
+            hint=f"a run can live in: {known}; fsspec also knows {', '.join(sorted(known_implementations))}",
+        ) from error
