@@ -1,0 +1,141 @@
+"""The snapshot: copying a rank's arrays into a slot of the arena. This copy is all that training waits for.
+
+Owns the order copy -> seal, and that a slot holds exactly the bytes of its plan: payloads, zeros in all gaps.
+Must never seal a slot that was not filled completely, and never keep a reference to an array after returning.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from resilience.checkpoint import arrays as _arrays
+from resilience.checkpoint.arena import Arena
+from resilience.checkpoint.arrays import AnyArray
+from resilience.checkpoint.plan import Chunk, Plan
+from resilience.errors import ExhaustedError, InvalidError
+
+_ALONE = 4 << 20  # bytes up to which a second thread costs more than it brings
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A sealed slot.
+
+    Attributes:
+        slot: its index in the arena.
+        size: bytes of the pack image in it.
+        seconds: what the copy took.
+    """
+
+    slot: int
+    step: int
+    generation: int
+    plan: Plan
+    size: int
+    seconds: float
+
+
+def snapshot(
+    arena: Arena,
+    arrays: Mapping[str, Any],
+    plan: Plan,
+    *,
+    step: int,
+    generation: int,
+    slot: int | None = None,
+    threads: int = 2,
+    failpoint: Callable[[str], None] = lambda _: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Snapshot:
+    """Copy ``arrays`` into a slot as ``plan`` says, then seal it. When this returns, the arrays may change.
+
+    Args:
+        arrays: by key, as ``tree.flatten`` returned them; more than the plan owns is fine.
+        slot: one from ``arena.acquire()``; ``None`` acquires one.
+        threads: that copy at the same time.
+        failpoint: called with ``snapshot.begin``, ``snapshot.copied`` (before the seal), ``snapshot.sealed``.
+
+    Raises:
+        InvalidError: the arrays are not those of the plan (another data type or shape, or missing).
+        ExhaustedError: the slot is too small for the plan, or no slot is free.
+
+    On any error before the seal the slot is free again.
+    """
+    index = arena.acquire() if slot is None else slot
+    if index is None:
+        raise ExhaustedError(
+            "no slot of the arena is free: the writer has not finished with the earlier snapshots",
+            operation="snapshot",
+            step=step,
+            hint="acquire a slot first, and skip this checkpoint while there is none",
+        )
+    begun = clock()
+    try:
+        failpoint("snapshot.begin")
+        if plan.size > arena.slot_bytes:
+            raise ExhaustedError(
+                f"the state has grown to {plan.size:,} bytes; the arena's slots have {arena.slot_bytes:,}",
+                operation="snapshot",
+                step=step,
+                hint="make a new arena with slots of the plan's size",
+            )
+        _fill(np.frombuffer(arena.view(index), np.uint8), _sources(arrays, plan), plan, threads)
+        failpoint("snapshot.copied")
+    except BaseException:
+        arena.abort(index)
+        raise
+    arena.seal(index, step, generation)
+    failpoint("snapshot.sealed")
+    return Snapshot(index, step, generation, plan, plan.size, clock() - begun)
+
+
+def _sources(arrays: Mapping[str, Any], plan: Plan) -> dict[str, AnyArray]:
+    """The planned arrays as NumPy, looked up anew on every save: a pointer kept from the last goes stale."""
+    sources: dict[str, AnyArray] = {}
+    for chunk in plan.chunks:
+        if chunk.key in sources:
+            continue
+        if chunk.key not in arrays:
+            raise _mismatch(chunk, "is missing")
+        dtype, shape = _arrays.describe(arrays[chunk.key])
+        if (dtype, shape) != (chunk.dtype, chunk.shape):
+            raise _mismatch(chunk, f"is {dtype}{list(shape)} now")
+        sources[chunk.key] = _arrays.raw(arrays[chunk.key])
+    return sources
+
+
+def _mismatch(chunk: Chunk, problem: str) -> InvalidError:
+    return InvalidError(
+        f"array {chunk.key} was planned as {chunk.dtype}{list(chunk.shape)} and {problem}",
+        operation="snapshot",
+        path=chunk.key,
+        hint="plan again after the state has changed its layout",
+    )
+
+
+def _fill(target: AnyArray, sources: Mapping[str, AnyArray], plan: Plan, threads: int) -> None:
+    if not plan.chunks:
+        target[: plan.size] = 0
+    if threads <= 1 or plan.size <= _ALONE:
+        for chunk in plan.chunks:
+            _copy(target, sources[chunk.key], chunk)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="snapshot") as pool:
+        # NumPy lets go of the interpreter while it copies, so threads do copy at the same time.
+        for done in pool.map(lambda chunk: _copy(target, sources[chunk.key], chunk), plan.chunks):
+            assert done is None
+
+
+def _copy(target: AnyArray, source: AnyArray, chunk: Chunk) -> None:
+    where = tuple(slice(o, o + n) for o, n in zip(chunk.box_offset, chunk.box_shape, strict=True))
+    box = source[where] if where else source
+    end = chunk.offset + box.size * box.itemsize
+    np.copyto(target[chunk.offset : end].view(source.dtype).reshape(chunk.box_shape), box)
+    # Padding, CRC and the gap to the next chunk: a slot is used again, and old bytes must not come along.
+    target[end : chunk.end] = 0
