@@ -1,7 +1,8 @@
 """Storage for checkpoints, the commit log and the event journal: one narrow interface, several backends.
 
 ``open_storage`` turns a URL into a ``Storage``; ``probe`` tells whether a run may be trusted to it. The
-contract is in ``base``. Importing this package imports no driver: fsspec is loaded when a URL first asks for it.
+contract is in ``base``. Importing this package imports no driver: fsspec is loaded when a URL first asks
+for it.
 """
 
 from storage_backends.base import Capabilities, Sink, Storage, check_name

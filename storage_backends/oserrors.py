@@ -12,14 +12,11 @@ import errno
 from resilience.errors import ExhaustedError, InvalidError, ResilienceError, UnavailableError
 
 # The device or the server went away, or asks for patience: the same call may succeed later.
-_TRANSIENT = frozenset(
-    getattr(errno, name)
-    for name in """
-        EIO ESTALE ETIMEDOUT EAGAIN EBUSY EINTR ENOLCK EREMOTEIO ENODEV ENXIO ENETDOWN ENETUNREACH ENETRESET
-        EHOSTDOWN EHOSTUNREACH ECONNRESET ECONNREFUSED ECONNABORTED ENOTCONN ESHUTDOWN EPIPE ECOMM ENOLINK
-    """.split()  # noqa: SIM905 (a table reads better than twenty quoted words)
-    if hasattr(errno, name)
-)
+_TRANSIENT_NAMES = """
+    EIO ESTALE ETIMEDOUT EAGAIN EBUSY EINTR ENOLCK EREMOTEIO ENODEV ENXIO ENETDOWN ENETUNREACH ENETRESET
+    EHOSTDOWN EHOSTUNREACH ECONNRESET ECONNREFUSED ECONNABORTED ENOTCONN ESHUTDOWN EPIPE ECOMM ENOLINK
+"""
+_TRANSIENT = frozenset(code for code, name in errno.errorcode.items() if name in _TRANSIENT_NAMES.split())
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _PROCESS_LIMIT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
