@@ -14,7 +14,8 @@ from resilience.control.types import Assignment, Candidate, CheckpointRef, Outco
 
 @dataclass(frozen=True)
 class StopRanks:
-    """End every process of ``generation`` and older on ``node`` at once (SIGKILL). Answer: ``RanksStopped``."""
+    """End every process of ``generation`` and older on ``node`` at once (SIGKILL). Answer:
+    ``RanksStopped``."""
 
     generation: int
     node: str
@@ -22,14 +23,16 @@ class StopRanks:
 
 @dataclass(frozen=True)
 class Fence:
-    """Win the next slot of the log with a fence of at least ``generation``. Answer: ``Fenced``/``FenceLost``."""
+    """Win the next slot of the log with a fence of at least ``generation``. Answer:
+    ``Fenced``/``FenceLost``."""
 
     generation: int
 
 
 @dataclass(frozen=True)
 class OpenStore:
-    """Open the rendezvous store of ``generation`` in a process of ``node``'s agent. Answer: ``StoreReady``."""
+    """Open the rendezvous store of ``generation`` in a process of ``node``'s agent. Answer:
+    ``StoreReady``."""
 
     generation: int
     node: str
@@ -74,8 +77,9 @@ class ReleaseStop:
 
 @dataclass(frozen=True)
 class Commit:
-    """Write the checkpoint record of ``ref`` in ``tier`` to the log; ``parts`` = (rank, node, part name, sha256).
-    Answer: ``Committed``/``CommitFailed``, or ``FenceLost`` when a newer generation is found there."""
+    """Write the checkpoint record of ``ref`` in ``tier`` to the log; ``parts`` = (rank, node, part name,
+    sha256). Answer: ``Committed``/``CommitFailed``, or ``FenceLost`` when a newer generation is found
+    there."""
 
     ref: CheckpointRef
     tier: str
@@ -100,7 +104,8 @@ class Retire:
 
 @dataclass(frozen=True)
 class Record:
-    """Write one event to the journal. ``type`` is one of ``journal.events.TYPES``; subject fields as there."""
+    """Write one event to the journal. ``type`` is one of ``journal.events.TYPES``; subject fields as
+    there."""
 
     type: str
     data: dict[str, Any] = field(default_factory=dict)

@@ -51,13 +51,17 @@ class StoreReady:
 @dataclass(frozen=True)
 class Fenced:
     """The fence asked for was won. ``generation`` is the number to use from now on (at least the one asked
-    for); ``candidates`` are the committed, not retired, not quarantined checkpoints, newest first, nearer tier
-    first within a step."""
+    for); ``candidates`` are the committed, not retired, not quarantined checkpoints, newest first, nearer
+    tier first within a step."""
 
     at: float
     generation: int
     candidates: tuple[Candidate, ...] = ()
     finished: bool = False  # the log already holds a finish record: nothing is left to do
+    unusable: tuple[
+        Candidate, ...
+    ] = ()  # recorded and not retired, but quarantined: never a reason to start over
+    slot: int | None = None  # of the fence record, for the journal
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,9 @@ class Restored:
 
 @dataclass(frozen=True)
 class RestoreFailed:
-    """A rank could not restore from the chosen candidate; ``reason`` names object and byte range."""
+    """A rank could not restore from the chosen candidate; ``reason`` names object and byte range. Not
+    ``corrupt``: it could not be read now (storage away), so it is passed over this time but not
+    quarantined."""
 
     at: float
     generation: int
@@ -100,6 +106,7 @@ class RestoreFailed:
     ref: CheckpointRef
     tier: str
     reason: str
+    corrupt: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,8 @@ class RankExited:
 
 @dataclass(frozen=True)
 class RankFinished:
-    """The user's function returned on this rank, after ``steps`` completed steps; or, with ``stopped``, it left
-    the loop at the stop point that ``PostStop`` named."""
+    """The user's function returned on this rank, after ``steps`` completed steps; or, with ``stopped``, it
+    left the loop at the stop point that ``PostStop`` named."""
 
     at: float
     generation: int

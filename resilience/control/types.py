@@ -172,6 +172,7 @@ class Result(StrEnum):
     NO_CAPACITY = "no_capacity"
     FENCED = "fenced"
     UNAVAILABLE = "unavailable"  # the commit log could not be reached
+    NO_CHECKPOINT = "no_checkpoint"  # checkpoints are recorded, but none of them can be restored
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ class Incident:
         step_failed: the highest step any rank had begun.
         step_restored: the step the next generation begins at; ``None`` until known.
         tier: where it was restored from; ``None`` until known or from scratch.
-        at: phase name → when it ended; keys ``failed`` (last sign of life before it, or the event's own time),
+        at: phase name → when it ended; keys ``failed`` (last sign of life before it, or the event's own
+        time),
             ``detected``, ``decided``, ``fenced``, ``started``, ``restored``, ``first_step``.
         signals: further events attributed to the same failure, one line each.
     """

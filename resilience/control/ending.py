@@ -1,0 +1,80 @@
+"""How a run ends: its last saves, its outcome, and that nothing happens after.
+
+Owns ``finish``, the only way into ``Phase.DONE``, and the wait for saves still in flight when every rank's
+function has returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from resilience.control.commands import Finish, StopRanks
+from resilience.control.retention import SHARED
+from resilience.control.state import Turn
+from resilience.control.types import Outcome, Phase, Result
+
+
+def finish(turn: Turn, outcome: Outcome) -> None:
+    """End the run. Ranks still there are ended too; nothing is decided afterwards."""
+    state = turn.state
+    if state.phase is Phase.DONE:
+        return
+    if state.phase in (Phase.STARTING, Phase.RUNNING, Phase.STOPPING):
+        turn.record("generation.ended", {"reason": outcome.result.value, "steps": state.pages.top})
+    turn.record("run.finished", _story(turn, outcome), urgent=True)
+    told = state.stops
+    turn.do(
+        *(StopRanks(gen, node) for node, gen in state.running.items() if node not in told), Finish(outcome)
+    )
+    turn.put(phase=Phase.DONE, outcome=outcome, trouble=None, drain=None, attempt=None, ending_at=None)
+
+
+def complete(turn: Turn) -> None:
+    """Every rank has finished: end the run once the saves on their way are committed, or have gone quiet."""
+    state = turn.state
+    if state.ending_at is None:
+        if state.pages.finished.count < len(state.table) or not state.table:
+            return
+        turn.put(ending_at=turn.now)
+        state = turn.state
+    if not saved(turn) and turn.now < _deadline(turn):
+        return
+    late = "" if saved(turn) else f"; its last checkpoint did not reach the {SHARED} tier in time"
+    stop = state.stopping
+    if stop is not None and stop.released:
+        reason = (
+            f"{stop.reason}: stopped cleanly after {state.pages.top} steps{stop.note and '; ' + stop.note}"
+        )
+        finish(turn, Outcome(Result.INTERRUPTED, reason))
+    else:
+        finish(turn, Outcome(Result.FINISHED, f"finished after {state.pages.top} steps{late}"))
+
+
+def saved(turn: Turn) -> bool:
+    """Whether nothing on its way is worth waiting for: the newest save that all ranks sealed lies in the
+    shared tier, or cannot get there any more."""
+    saves = turn.state.saves
+    if saves.outstanding():
+        return False
+    newest = saves.newest_sealed()
+    if newest is None:
+        return True
+    shared = newest.tiers.get(SHARED)
+    return newest.abandoned or (shared is not None and (shared.done or shared.failed))
+
+
+def _deadline(turn: Turn) -> float:
+    # Renewed by every sign of life of the saves: a large last checkpoint may take as long as it moves.
+    state = turn.state
+    return max(state.ending_at or 0.0, state.saves.touched) + state.policy.stop_deadline_s
+
+
+def _story(turn: Turn, outcome: Outcome) -> dict[str, object]:
+    return {"result": outcome.result.value, "reason": outcome.reason, "steps": turn.state.pages.top}
+
+
+def note(turn: Turn, text: str) -> None:
+    """Remember why a clean stop goes without its checkpoint."""
+    stop = turn.state.stopping
+    if stop is not None and not stop.note:
+        turn.put(stopping=replace(stop, note=text))

@@ -1,0 +1,170 @@
+"""Checkpoints on their way: which ranks sealed and persisted which step, and when a tier is complete.
+
+Owns the counting of one generation's saves. A ``Commit`` comes from here only, once per checkpoint and tier,
+and only when every rank's part is durable. It knows nothing of phases: a fence drops the whole record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from resilience.control.commands import Commit
+from resilience.control.events import Persisted, Sealed
+from resilience.control.persistent import Ranks, Vec
+from resilience.control.retention import SHARED
+from resilience.control.types import CheckpointRef
+
+Part = tuple[str, str, str]  # node, part name, sha256
+
+_MOST = (
+    16  # saves followed at once; with the shared tier away for hours the oldest are forgotten, not hoarded
+)
+
+
+@dataclass(frozen=True)
+class TierSave:
+    """One save in one tier. ``asked``: its commit was sent; ``done``: the log records it; ``failed``: it
+    cannot be complete any more."""
+
+    parts: Vec[Part | None]
+    ranks: Ranks = field(default_factory=Ranks)
+    size: int = 0
+    asked: bool = False
+    done: bool = False
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Save:
+    """One step's checkpoint on its way. ``since`` is when its first rank sealed it."""
+
+    ref: CheckpointRef
+    since: float
+    sealed: Ranks = field(default_factory=Ranks)
+    stall_s: float = 0.0
+    tiers: dict[str, TierSave] = field(default_factory=dict)
+    abandoned: bool = False
+
+    def committed(self) -> bool:
+        return any(tier.done for tier in self.tiers.values())
+
+    def pending(self) -> bool:
+        """Whether a commit was sent and not yet answered."""
+        return any(tier.asked and not tier.done and not tier.failed for tier in self.tiers.values())
+
+    def tier(self, name: str, world: int) -> TierSave:
+        return self.tiers.get(name) or TierSave(Vec.filled(world, None))
+
+    def put(self, name: str, tier: TierSave) -> Save:
+        return replace(self, tiers={**self.tiers, name: tier})
+
+
+@dataclass(frozen=True)
+class Saves:
+    """The saves of ``generation`` (0: none is accepted), by step.
+
+    ``touched`` is the newest event's time; steps below ``floor`` are closed: what is still said of them is
+    late.
+    """
+
+    generation: int = 0
+    world: int = 0
+    touched: float = 0.0
+    floor: int = 0
+    steps: dict[int, Save] = field(default_factory=dict)
+
+    def open(self, generation: int, step: int) -> bool:
+        """Whether events about ``step`` of ``generation`` still count."""
+        if generation != self.generation or generation == 0 or step < self.floor:
+            return False
+        save = self.steps.get(step)
+        return save is None or not save.abandoned
+
+    def get(self, step: int, at: float) -> Save:
+        return self.steps.get(step) or Save(CheckpointRef(step, self.generation), at)
+
+    def put(self, save: Save, at: float) -> Saves:
+        steps = {**self.steps, save.ref.step: save}
+        floor = self.floor
+        if len(steps) > _MOST:
+            del steps[min(steps)]
+            floor = min(steps)
+        return replace(self, steps=steps, floor=floor, touched=max(self.touched, at))
+
+    def sealed(self, step: int) -> bool:
+        """Whether every rank has sealed ``step``."""
+        save = self.steps.get(step)
+        return save is not None and save.sealed.count == self.world
+
+    def newest_sealed(self) -> Save | None:
+        whole = [step for step in self.steps if self.sealed(step)]
+        return self.steps[max(whole)] if whole else None
+
+    def outstanding(self) -> bool:
+        """Whether a commit was sent and not yet answered."""
+        return any(save.pending() for save in self.steps.values())
+
+
+def seal(saves: Saves, event: Sealed) -> Saves:
+    save = saves.get(event.step, event.at)
+    save = replace(
+        save,
+        since=min(save.since, event.at),
+        sealed=save.sealed.add(event.rank),
+        stall_s=max(save.stall_s, event.stall_s),
+    )
+    return saves.put(save, event.at)
+
+
+def persist(saves: Saves, event: Persisted) -> tuple[Saves, Commit | None]:
+    """One more rank is durable in a tier; the commit, when it was the last one. A repeated report changes
+    nothing: the first part named is the one committed."""
+    save = saves.get(event.step, event.at)
+    tier = save.tier(event.tier, saves.world)
+    if event.rank in tier.ranks or not 0 <= event.rank < saves.world:
+        return saves, None
+    tier = replace(
+        tier,
+        parts=tier.parts.set(event.rank, (event.node, event.part, event.sha256)),
+        ranks=tier.ranks.add(event.rank),
+        size=tier.size + event.size,
+    )
+    commit = None
+    if tier.ranks.count == saves.world and not tier.asked:
+        parts = tuple((rank, *part) for rank, part in enumerate(tier.parts) if part is not None)
+        commit = Commit(save.ref, event.tier, parts)
+        tier = replace(tier, asked=True, failed=False)
+    # What is durable was sealed, even where the report of the seal is still on its way.
+    save = replace(save.put(event.tier, tier), sealed=save.sealed.add(event.rank))
+    return saves.put(save, event.at), commit
+
+
+def fail(saves: Saves, step: int, tier: str, at: float) -> tuple[Saves, bool]:
+    """The save of ``step`` in ``tier`` cannot be complete. Second value: whether that is news."""
+    save = saves.get(step, at)
+    state = save.tier(tier, saves.world)
+    if state.failed or state.done:
+        return saves, False
+    return saves.put(save.put(tier, replace(state, failed=True)), at), True
+
+
+def commit(saves: Saves, step: int, tier: str, at: float) -> tuple[Saves, tuple[CheckpointRef, ...]]:
+    """``step`` is committed in ``tier``. Returned with the saves: the older ones that never will be, now."""
+    save = saves.steps.get(step)
+    if save is None:
+        return saves, ()
+    saves = saves.put(save.put(tier, replace(save.tier(tier, saves.world), done=True)), at)
+    steps = dict(saves.steps)
+    abandoned = []
+    for old in saves.steps.values():
+        if old.ref.step >= step or old.pending() or (tier != SHARED and SHARED in old.tiers):
+            continue
+        # Writers work in order of steps: when every rank has persisted a newer step in a tier, an older one
+        # that is not complete there never will be.
+        if not old.committed() and not old.abandoned:
+            abandoned.append(old.ref)
+            steps[old.ref.step] = replace(old, abandoned=True)
+        if tier == SHARED:
+            del steps[old.ref.step]
+    floor = min(steps) if tier == SHARED else saves.floor
+    return replace(saves, steps=steps, floor=max(saves.floor, floor)), tuple(abandoned)
