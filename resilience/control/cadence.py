@@ -81,6 +81,13 @@ def sealed(cadence: Cadence, step: int, since: float, stall_s: float, whole: boo
     return cadence
 
 
+def failed(cadence: Cadence, step: int, now: float) -> Cadence:
+    """A save failed: the next one comes an interval later, not at once."""
+    if cadence.posted is not None and step >= cadence.posted:
+        return replace(cadence, posted=None, since=max(cadence.since, now))
+    return cadence
+
+
 def durable(cadence: Cadence, seconds: float) -> Cadence:
     return replace(cadence, durable_s=seconds)
 

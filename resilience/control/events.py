@@ -20,6 +20,16 @@ class NodeJoined:
 
 
 @dataclass(frozen=True)
+class LoadFailed:
+    """A node's zygote could not import the user's module: it cannot fork ranks, and does not join."""
+
+    at: float
+    node: str
+    error: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
 class NodeLost:
     """The node died, or its agent fell silent. ``last_seen`` is the last sign of life."""
 
@@ -173,7 +183,8 @@ class Persisted:
 
 @dataclass(frozen=True)
 class SaveFailed:
-    """One rank's save of ``step`` to ``tier`` failed for good (retried already). Training goes on."""
+    """One rank's save of ``step`` to ``tier`` failed for good (retried already). Training goes on. Any tier
+    but ``nvme`` and ``shared`` (``memory``): there was no snapshot, so the step cannot be saved in any."""
 
     at: float
     generation: int
@@ -241,6 +252,7 @@ class Tick:
 
 Event = (
     NodeJoined
+    | LoadFailed
     | NodeLost
     | CardFaulted
     | StoreReady

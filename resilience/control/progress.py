@@ -7,6 +7,7 @@ Thin: the two-stage verdict and learnt deadlines per section come with their own
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -33,6 +34,7 @@ class Pages:
         top_at: when ``top`` was reached.
         moved_at: newest sign of progress of any rank.
         away: ranks that are in a section other than ``step``.
+        over: ranks that have left their loop (section ``end``): what comes then may take any time.
         stalled_s: longest total time a rank has waited for snapshots.
         step_s: smoothed time of one step, 0 while unknown.
         longest_s: longest step seen after the first ones.
@@ -47,6 +49,7 @@ class Pages:
     top_at: float = 0.0
     moved_at: float = 0.0
     away: int = 0
+    over: int = 0
     stalled_s: float = 0.0
     step_s: float = 0.0
     longest_s: float = 0.0
@@ -70,13 +73,15 @@ def observe(
         return pages
     before = held[1] if held else {}
     kept = dict(before)
-    begun, away, top, top_at = pages.begun, pages.away, pages.top, pages.top_at
+    begun, top, top_at = pages.begun, pages.top, pages.top_at
+    away, over = pages.away, pages.over
     moved_at, stalled_s = pages.moved_at, pages.stalled_s
     for rank, page in ranks.items():
         if not 0 <= rank < len(table) or table[rank].card.node != node:
             continue
         old = before.get(rank)
         away += _away(page) - (old is not None and _away(old))
+        over += (page.section == "end") - (old is not None and old.section == "end")
         if page.step >= 0:
             begun = begun.add(rank)
         changed = at - page.age_s
@@ -92,6 +97,7 @@ def observe(
         pages=pages.pages.set(place, (at, kept)),
         begun=begun,
         away=away,
+        over=over,
         moved_at=moved_at,
         stalled_s=stalled_s,
     )
@@ -118,7 +124,9 @@ def quiet_s(policy: Policy, pages: Pages) -> float:
     """How long the world may stand still before it is suspected."""
     floor = max(policy.hang_floor_s, policy.hang_factor * pages.longest_s)
     early = pages.top < pages.first + FIRST_STEPS
-    if pages.away or pages.finished.count or early:
+    if pages.over or pages.finished.count:
+        return math.inf
+    if pages.away or early:
         return max(floor, LONG * policy.hang_floor_s)
     return floor
 

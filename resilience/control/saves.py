@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from resilience.control.commands import Commit
 from resilience.control.events import Persisted, Sealed
 from resilience.control.persistent import Ranks, Vec
-from resilience.control.retention import SHARED
+from resilience.control.retention import NVME, SHARED
 from resilience.control.types import CheckpointRef
 
 Part = tuple[str, str, str]  # node, part name, sha256
@@ -130,10 +130,10 @@ def persist(saves: Saves, event: Persisted) -> tuple[Saves, Commit | None]:
         size=tier.size + event.size,
     )
     commit = None
-    if tier.ranks.count == saves.world and not tier.asked:
+    if tier.ranks.count == saves.world and not tier.asked and not tier.failed:
         parts = tuple((rank, *part) for rank, part in enumerate(tier.parts) if part is not None)
         commit = Commit(save.ref, event.tier, parts)
-        tier = replace(tier, asked=True, failed=False)
+        tier = replace(tier, asked=True)
     # What is durable was sealed, even where the report of the seal is still on its way.
     save = replace(save.put(event.tier, tier), sealed=save.sealed.add(event.rank))
     return saves.put(save, event.at), commit
@@ -145,6 +145,11 @@ def fail(saves: Saves, step: int, tier: str, at: float) -> tuple[Saves, bool]:
     state = save.tier(tier, saves.world)
     if state.failed or state.done:
         return saves, False
+    if tier not in (NVME, SHARED):
+        # A rank has no snapshot of this step: no tier will ever have all parts.
+        for name in (NVME, SHARED):
+            if not save.tier(name, saves.world).done:
+                save = save.put(name, replace(save.tier(name, saves.world), failed=True))
     return saves.put(save.put(tier, replace(state, failed=True)), at), True
 
 

@@ -207,6 +207,11 @@ class State:
         return cls(policy, run, now=at, waiting=Waiting(at), safe_at=at)
 
     @property
+    def incidents(self) -> int:
+        """Incidents of this supervisor so far."""
+        return self.counted
+
+    @property
     def step(self) -> int:
         """The highest step any rank of the current generation has begun (= completed steps)."""
         return self.pages.top

@@ -19,6 +19,7 @@ from resilience.control.events import (
     Event,
     Fenced,
     FenceLost,
+    LoadFailed,
     NodeJoined,
     NodeLost,
     Parked,
@@ -36,7 +37,7 @@ from resilience.control.events import (
     Tick,
 )
 from resilience.control.state import State, Turn
-from resilience.control.types import Outcome, Phase, Result
+from resilience.control.types import Exit, Outcome, Phase, Result
 
 __all__ = ["State", "step"]
 
@@ -74,6 +75,8 @@ def _answer(turn: Turn, event: Event) -> None:
             checkpoints.commit_failed(turn, event)
         case NodeJoined():
             _joined(turn, event)
+        case LoadFailed():
+            _load_failed(turn, event)
         case NodeLost():
             recovery.node_lost(turn, event)
         case CardFaulted():
@@ -147,6 +150,18 @@ def _joined(turn: Turn, event: NodeJoined) -> None:
     data = {"cards": node.cards, "levels": list(node.levels), "host": node.host}
     turn.record("node.joined", data, node=node.name)
     starting.wait(turn)
+
+
+def _load_failed(turn: Turn, event: LoadFailed) -> None:
+    # Before anything has run this is the user's mistake, and waiting for more cards would hide it. Later it
+    # is a node with another environment: the run goes on without it.
+    if turn.state.generation == 0:
+        reason = f"the training function could not be imported on node {event.node}: {event.error}"
+        ended = Exit(code=1, error=event.error, traceback=event.traceback)
+        ending.finish(turn, Outcome(Result.USER_ERROR, reason, None, ended))
+    else:
+        message = f"node {event.node} cannot be used: {event.error}"
+        turn.record("warning.raised", {"message": message}, node=event.node)
 
 
 def _stopped(turn: Turn, event: RanksStopped) -> None:
