@@ -188,7 +188,7 @@ class Arena:
         self._set(index, SlotKind.RELEASED)
 
     def recover(self) -> list[int]:
-        """Free what a dead rank left WRITING; returns those slots. Only for the process that takes its place."""
+        """Free what a dead rank left WRITING; returns those slots. Only for the process in its place."""
         torn = [index for index in range(self.slots) if self.state(index).kind is SlotKind.WRITING]
         for index in torn:
             self._set(index, SlotKind.FREE)

@@ -90,6 +90,7 @@ class Plan:
         size: bytes of its pack, a multiple of ``ALIGN`` and never 0.
         hash: of all that ranks must agree on (replicated arrays, world size, chunk size): equal on every
             rank of a checkpoint, or the ranks disagreed about the model.
+        chunk_bytes: the bound the chunks were cut to.
     """
 
     rank: int
@@ -98,6 +99,7 @@ class Plan:
     chunks: tuple[Chunk, ...]
     size: int
     hash: str
+    chunk_bytes: int = CHUNK_BYTES
 
 
 def align(number: int) -> int:
@@ -159,7 +161,8 @@ def _plan(specs: tuple[ArraySpec, ...], rank: int, world_size: int, chunk_bytes:
     # One page even with nothing to write: no store likes empty objects, and "missing" must differ from
     # "empty".
     size = max(offset, ALIGN)
-    return Plan(rank, world_size, specs, tuple(chunks), size, _hash(replicated, world_size, chunk_bytes))
+    shared = _hash(replicated, world_size, chunk_bytes)
+    return Plan(rank, world_size, specs, tuple(chunks), size, shared, chunk_bytes)
 
 
 def chunk_grid(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> tuple[int, ...]:

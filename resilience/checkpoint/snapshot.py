@@ -6,6 +6,7 @@ Must never seal a slot that was not filled completely, and never keep a referenc
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import numpy as np
 from resilience.checkpoint import arrays as _arrays
 from resilience.checkpoint.arena import Arena
 from resilience.checkpoint.arrays import AnyArray
-from resilience.checkpoint.plan import Chunk, Plan
+from resilience.checkpoint.plan import ArraySpec, Chunk, Plan, specs
 from resilience.errors import ExhaustedError, InvalidError
 
 _ALONE = 4 << 20  # bytes up to which a second thread costs more than it brings
@@ -41,43 +42,48 @@ class Snapshot:
     seconds: float
 
 
+def specs_of(arrays: Mapping[str, Any], objects: Mapping[str, Any]) -> tuple[ArraySpec, ...]:
+    """Specs of the arrays of a state, with those marked replicated that every rank holds alike.
+
+    Args:
+        arrays: by key, as ``tree.flatten`` returned them for ``{name: fit.capture(object)}``.
+        objects: the tracked objects by name.
+    """
+    if "torch" not in sys.modules:
+        return specs(arrays)
+    from resilience.integrations.torch import replicated_names
+
+    return specs(arrays, replicated_names(objects))
+
+
 def snapshot(
     arena: Arena,
+    slot: int,
     arrays: Mapping[str, Any],
     plan: Plan,
     *,
     step: int,
     generation: int,
-    slot: int | None = None,
     threads: int = 2,
-    failpoint: Callable[[str], None] = lambda _: None,
+    before_seal: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Snapshot:
-    """Copy ``arrays`` into a slot as ``plan`` says, then seal it. When this returns, the arrays may change.
+    """Copy ``arrays`` into ``slot`` as ``plan`` says, then seal it. When this returns, the arrays may change.
 
     Args:
+        slot: from ``arena.acquire()``.
         arrays: by key, as ``tree.flatten`` returned them; more than the plan owns is fine.
-        slot: one from ``arena.acquire()``; ``None`` acquires one.
         threads: that copy at the same time.
-        failpoint: called with ``snapshot.begin``, ``snapshot.copied`` (before the seal), ``snapshot.sealed``.
+        before_seal: called when all is copied.
 
     Raises:
         InvalidError: the arrays are not those of the plan (another data type or shape, or missing).
-        ExhaustedError: the slot is too small for the plan, or no slot is free.
+        ExhaustedError: the slot is too small for the plan.
 
     On any error before the seal the slot is free again.
     """
-    index = arena.acquire() if slot is None else slot
-    if index is None:
-        raise ExhaustedError(
-            "no slot of the arena is free: the writer has not finished with the earlier snapshots",
-            operation="snapshot",
-            step=step,
-            hint="acquire a slot first, and skip this checkpoint while there is none",
-        )
     begun = clock()
     try:
-        failpoint("snapshot.begin")
         if plan.size > arena.slot_bytes:
             raise ExhaustedError(
                 f"the state has grown to {plan.size:,} bytes; the arena's slots have {arena.slot_bytes:,}",
@@ -85,14 +91,13 @@ def snapshot(
                 step=step,
                 hint="make a new arena with slots of the plan's size",
             )
-        _fill(np.frombuffer(arena.view(index), np.uint8), _sources(arrays, plan), plan, threads)
-        failpoint("snapshot.copied")
+        _fill(np.frombuffer(arena.view(slot), np.uint8), _sources(arrays, plan), plan, threads)
+        before_seal()
     except BaseException:
-        arena.abort(index)
+        arena.abort(slot)
         raise
-    arena.seal(index, step, generation)
-    failpoint("snapshot.sealed")
-    return Snapshot(index, step, generation, plan, plan.size, clock() - begun)
+    arena.seal(slot, step, generation)
+    return Snapshot(slot, step, generation, plan, plan.size, clock() - begun)
 
 
 def _sources(arrays: Mapping[str, Any], plan: Plan) -> dict[str, AnyArray]:

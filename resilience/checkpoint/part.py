@@ -1,0 +1,242 @@
+"""The part: the small JSON manifest of one rank's pack, and the names of both.
+
+Owns the part's format (docs/format.md, "Part") and where packs and parts lie under a storage root. A part
+without CRCs is a draft: it travels from rank to writer, and is never written. Must never hold anything that
+needs more than JSON to be read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from resilience.checkpoint import arrays as _arrays
+from resilience.checkpoint.plan import ALIGN, CRC_BYTES, Plan, chunk_grid, stored_name
+from resilience.errors import CorruptError, InvalidError
+
+VERSION = 1
+_FORMAT = "resilience-part"
+
+
+@dataclass(frozen=True)
+class PartArray:
+    """An array of the rank's state, whether its bytes are in this pack or in another rank's.
+
+    Attributes:
+        name: in the checkpoint; ``rank-<r>/<key>`` unless replicated.
+        grid: shape of a full chunk.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    replicated: bool
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a full chunk's payload."""
+        return math.prod(self.grid) * _arrays.numpy_dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class PartChunk:
+    """A chunk in the pack. ``array`` is an index; ``crc32c`` is of the payload, -1 in a draft."""
+
+    array: int
+    box_offset: tuple[int, ...]
+    box_shape: tuple[int, ...]
+    offset: int
+    length: int
+    crc32c: int = -1
+
+
+@dataclass(frozen=True)
+class Part:
+    """The manifest of one pack.
+
+    Attributes:
+        size: bytes of the pack.
+        plan_hash: equal in all parts of a checkpoint (see ``Plan.hash``).
+        arrays: all arrays of the rank's state.
+        chunks: those in this pack, by ascending offset.
+        state: the skeleton (see ``tree``) of the rank's state.
+    """
+
+    run: str
+    step: int
+    generation: int
+    rank: int
+    world_size: int
+    size: int
+    plan_hash: str
+    arrays: tuple[PartArray, ...]
+    chunks: tuple[PartChunk, ...]
+    state: Any
+    version: int = VERSION
+
+    @property
+    def directory(self) -> str:
+        return directory(self.step, self.generation)
+
+    @property
+    def pack_name(self) -> str:
+        return pack_name(self.directory, self.rank)
+
+    @property
+    def name(self) -> str:
+        return part_name(self.directory, self.rank)
+
+    def key(self, array: PartArray) -> str:
+        """The array's name in the rank's own state."""
+        return array.name if array.replicated else array.name.removeprefix(f"rank-{self.rank}/")
+
+    def with_crcs(self, crcs: list[int]) -> Part:
+        """The part with the CRC32C of each chunk filled in, in the order of ``chunks``."""
+        pairs = zip(self.chunks, crcs, strict=True)
+        return replace(self, chunks=tuple(replace(chunk, crc32c=crc) for chunk, crc in pairs))
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return {
+            "format": _FORMAT,
+            "version": self.version,
+            "run": self.run,
+            "step": self.step,
+            "generation": self.generation,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "size": self.size,
+            "plan_hash": self.plan_hash,
+            "arrays": [[a.name, a.dtype, list(a.shape), list(a.grid), a.replicated] for a in self.arrays],
+            "chunks": [
+                [c.array, list(c.box_offset), list(c.box_shape), c.offset, c.length, c.crc32c]
+                for c in self.chunks
+            ],
+            "state": self.state,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Part:
+        """The inverse of ``to_json``. ``InvalidError`` on a newer version; ``KeyError``, ``TypeError`` or
+        ``ValueError`` on anything malformed."""
+        if data["format"] != _FORMAT:
+            raise ValueError(f"format is {data['format']!r}")
+        if int(data["version"]) > VERSION:
+            raise InvalidError(
+                f"the part has format version {data['version']}; this package reads up to {VERSION}",
+                operation="read part",
+                hint="upgrade this package: pip install -U resilience",
+            )
+        part = cls(
+            run=str(data["run"]),
+            step=int(data["step"]),
+            generation=int(data["generation"]),
+            rank=int(data["rank"]),
+            world_size=int(data["world_size"]),
+            size=int(data["size"]),
+            plan_hash=str(data["plan_hash"]),
+            arrays=tuple(
+                PartArray(str(name), str(dtype), tuple(shape), tuple(grid), bool(replicated))
+                for name, dtype, shape, grid, replicated in data["arrays"]
+            ),
+            chunks=tuple(
+                PartChunk(int(array), tuple(start), tuple(shape), int(offset), int(length), int(crc))
+                for array, start, shape, offset, length, crc in data["chunks"]
+            ),
+            state=data["state"],
+            version=int(data["version"]),
+        )
+        part.check()
+        return part
+
+    def encode(self) -> bytes:
+        """The bytes of the part file; the same for the same part, whoever writes it."""
+        return json.dumps(self.to_json(), separators=(",", ":"), allow_nan=False).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, *, path: str) -> Part:
+        """Read a part file's bytes. ``CorruptError`` when they are none, ``InvalidError`` when too new."""
+        try:
+            return cls.from_json(json.loads(data))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptError(
+                f"part {path} cannot be read: {type(error).__name__}: {error}",
+                operation="read part",
+                path=path,
+                start=0,
+                end=len(data),
+                hint="restore an older checkpoint; `resilience verify` lists the damaged ones",
+            ) from error
+
+    def check(self) -> None:
+        """``ValueError`` or ``KeyError`` unless the numbers fit each other: readers may trust them then."""
+        if not 0 <= self.rank < self.world_size or self.size < ALIGN or self.size % ALIGN:
+            raise ValueError(f"rank {self.rank} of {self.world_size} with a pack of {self.size} bytes")
+        for array in self.arrays:
+            if len(array.grid) != len(array.shape) or min((*array.grid, *array.shape, 1)) < 0:
+                raise ValueError(f"array {array.name} of shape {array.shape} in chunks of {array.grid}")
+            _arrays.numpy_dtype(array.dtype)
+        end = 0
+        for chunk in self.chunks:
+            if not 0 <= chunk.array < len(self.arrays):
+                raise ValueError(f"a chunk of array number {chunk.array}")
+            array = self.arrays[chunk.array]
+            if chunk.offset < end or chunk.offset % ALIGN or chunk.length != array.chunk_bytes:
+                raise ValueError(f"chunk of {array.name} at {chunk.offset}, {chunk.length} bytes")
+            sides = zip(chunk.box_offset, chunk.box_shape, array.grid, array.shape, strict=True)
+            if any(o % g or s != min(g, n - o) or s < 1 for o, s, g, n in sides):
+                raise ValueError(f"chunk of {array.name} holds {chunk.box_shape} at {chunk.box_offset}")
+            end = chunk.offset + chunk.length + CRC_BYTES
+        if end > self.size:
+            raise ValueError(f"chunks end at {end} in a pack of {self.size} bytes")
+
+
+def draft(plan: Plan, skeleton: Any, *, run: str, step: int, generation: int) -> Part:
+    """The part of a snapshot that has not been persisted yet: all but the CRCs."""
+    arrays: list[PartArray] = []
+    numbers = {}
+    grids = {chunk.array: chunk.grid for chunk in plan.chunks}
+    for spec in plan.arrays:
+        name = stored_name(spec.name, replicated=spec.replicated, rank=plan.rank)
+        itemsize = _arrays.numpy_dtype(spec.dtype).itemsize
+        grid = grids.get(name) or chunk_grid(spec.shape, itemsize, plan.chunk_bytes)
+        numbers[name] = len(arrays)
+        arrays.append(PartArray(name, spec.dtype, spec.shape, grid, spec.replicated))
+    chunks = (
+        PartChunk(numbers[chunk.array], chunk.box_offset, chunk.box_shape, chunk.offset, chunk.length)
+        for chunk in plan.chunks
+    )
+    return Part(
+        run=run,
+        step=step,
+        generation=generation,
+        rank=plan.rank,
+        world_size=plan.world_size,
+        size=plan.size,
+        plan_hash=plan.hash,
+        arrays=tuple(arrays),
+        chunks=tuple(chunks),
+        state=skeleton,
+    )
+
+
+def directory(step: int, generation: int) -> str:
+    """Where the packs and parts of a checkpoint lie, relative to the storage root of the run."""
+    return f"checkpoints/step-{step}-g{generation}"
+
+
+def pack_name(directory: str, rank: int) -> str:
+    return f"{directory}/rank-{rank}.pack"
+
+
+def part_name(directory: str, rank: int) -> str:
+    return f"{directory}/rank-{rank}.json"
+
+
+def sha256(data: bytes) -> str:
+    """How the commit log pins a part."""
+    return hashlib.sha256(data).hexdigest()
