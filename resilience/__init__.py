@@ -1,0 +1,54 @@
+"""resilience: a training function wrapped in one decorator goes on by itself.
+
+Import is light: what needs Ray, Zarr or DuckDB is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from resilience.errors import (
+    CorruptError,
+    ExhaustedError,
+    FencedError,
+    InvalidError,
+    ResilienceError,
+    TrainingError,
+    UnavailableError,
+)
+
+# Bound here, not lazily: these two are functions that share their name with the module they live in, and a
+# submodule imported later would take the name away.
+from resilience.history import history
+from resilience.job import Job, JobResult, job
+from resilience.run import Run
+
+if TYPE_CHECKING:
+    from resilience.checkpoint.store import open_checkpoint
+
+__all__ = [
+    "CorruptError",
+    "ExhaustedError",
+    "FencedError",
+    "InvalidError",
+    "Job",
+    "JobResult",
+    "ResilienceError",
+    "Run",
+    "TrainingError",
+    "UnavailableError",
+    "history",
+    "job",
+    "open_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "open_checkpoint":
+        return import_module("resilience.checkpoint.store").open_checkpoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,400 @@
+"""``@resilience.job``: a training function with its policy, and the ways to run it."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import update_wrapper
+from typing import TYPE_CHECKING, Any
+
+from resilience.control.types import Outcome, Policy, Result as End
+from resilience.errors import ExhaustedError, FencedError, InvalidError, TrainingError, UnavailableError
+from resilience.run import Interrupted, LocalHost, Run
+
+if TYPE_CHECKING:
+    from resilience.history import History
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``@resilience.job`` and ``Job.options`` take, all keyword-only.
+
+    Attributes:
+        workers: ranks to run, one card each.
+        spares: cards to hold ready beyond that.
+        storage: shared storage of all runs: a path, or any fsspec URL. Default ``./runs``.
+        nvme: local directory for the near tier, on every node; ``None`` saves to shared storage directly.
+        name: the run's name; launching again under it goes on from its newest checkpoint. Default: the function's.
+        card: Ray resource that stands for a card: ``GPU``, ``NPU``, or ``card`` (simulated). Default: whichever the
+            cluster has, simulated ones where it has none.
+        topology: topology levels, outermost first; node labels ``resilience.io/<level>`` give their values.
+        checkpoint_every: steps between checkpoints; ``None`` = as often as training waits at most ``overhead`` for.
+        overhead: fraction of the time that automatic checkpoints may make training wait.
+        keep_last, keep_every: checkpoints to keep: the newest ones, and every so many steps (``None`` = no more).
+        max_restarts: failures in a row without a new checkpoint before the run is given up.
+        capacity_deadline: seconds to wait for enough cards.
+        start_deadline: seconds a generation may take until every rank has made a step.
+        stop_deadline: seconds a clean stop may take.
+        hang_floor: seconds without any progress before a hang is suspected (longer where steps are longer).
+        env: environment variables for the ranks.
+        faults: planned faults for chaos tests (see ``chaos.faults``).
+    """
+
+    workers: int = 1
+    spares: int = 0
+    storage: str = "runs"
+    nvme: str | None = None
+    name: str | None = None
+    card: str | None = None
+    topology: tuple[str, ...] = ("supernode",)
+    checkpoint_every: int | None = None
+    overhead: float = 0.01
+    keep_last: int = 3
+    keep_every: int | None = None
+    max_restarts: int = 8
+    capacity_deadline: float = 300.0
+    start_deadline: float = 600.0
+    stop_deadline: float = 60.0
+    hang_floor: float = 15.0
+    env: dict[str, str] = field(default_factory=dict)
+    faults: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        _at_least("workers", self.workers, 1)
+        _at_least("spares", self.spares, 0)
+        _at_least("keep_last", self.keep_last, 1)
+        _at_least("max_restarts", self.max_restarts, 0)
+        for name in ("checkpoint_every", "keep_every"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        for name in ("capacity_deadline", "start_deadline", "stop_deadline", "hang_floor"):
+            if not isinstance(getattr(self, name), int | float) or getattr(self, name) <= 0:
+                _refuse(name, getattr(self, name), "a number of seconds > 0")
+        if not isinstance(self.overhead, float) or not 0 < self.overhead < 1:
+            _refuse("overhead", self.overhead, "a fraction between 0 and 1")
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            _refuse("name", self.name, "letters, digits, '.', '_' and '-', at most 100")
+        if not isinstance(self.storage, str | os.PathLike) or not str(self.storage):
+            _refuse("storage", self.storage, "a path or an fsspec URL")
+
+    def policy(self) -> Policy:
+        return Policy(
+            workers=self.workers,
+            spares=self.spares,
+            checkpoint_every=self.checkpoint_every,
+            overhead=self.overhead,
+            max_restarts=self.max_restarts,
+            capacity_deadline_s=self.capacity_deadline,
+            start_deadline_s=self.start_deadline,
+            stop_deadline_s=self.stop_deadline,
+            hang_floor_s=self.hang_floor,
+            keep_last=self.keep_last,
+            keep_every=self.keep_every,
+        )
+
+
+def _at_least(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        _refuse(name, value, f"an integer >= {least}")
+
+
+def _refuse(name: str, value: Any, allowed: str) -> None:
+    raise InvalidError(
+        f"{name}={value!r} is not allowed: give {allowed}",
+        operation="job",
+        path=name,
+        hint=f"set {name} to {allowed}",
+    )
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    known = [f.name for f in fields(Options)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise InvalidError(
+                f"unknown option {name!r}",
+                operation="job",
+                path=name,
+                hint=(f"did you mean {near[0]!r}? " if near else "") + f"options: {', '.join(known)}",
+            )
+    return given
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a launch ended.
+
+    Attributes:
+        run: the run's name.
+        outcome: ``outcome.result`` is ``finished`` or ``interrupted`` (every other end is raised).
+        value: what the function returned on rank 0 (JSON values), ``None`` if it was interrupted.
+        steps: completed steps.
+        url: storage of the run.
+    """
+
+    run: str
+    outcome: Outcome
+    value: Any
+    steps: int
+    storage: str
+
+    @property
+    def finished(self) -> bool:
+        return self.outcome.result is End.FINISHED
+
+    @property
+    def history(self) -> History:
+        """What happened, from the journal."""
+        from resilience.history import history
+
+        return history(self.storage, run=self.run)
+
+    @property
+    def incidents(self) -> list[Any]:
+        """The run's incidents, oldest first."""
+        return list(self.history.incidents)
+
+
+class Job:
+    """A training function with its options. Calling it calls the function."""
+
+    def __init__(self, function: Callable[..., Any], options: Options) -> None:
+        self.function = function
+        self._options = options
+        update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self._options.name or re.sub(r"[^A-Za-z0-9._-]", "-", self.function.__name__)
+
+    def options(self, **overrides: Any) -> Job:
+        """The same function with some options changed. ``InvalidError`` for an unknown or impossible one."""
+        return Job(self.function, replace(self._options, **_checked(overrides)))
+
+    def launch(self, *, view: str = "auto", **arguments: Any) -> JobResult:
+        """Run to the end, over all failures; blocks, with a live view.
+
+        Args:
+            view: ``auto`` (a panel in a terminal, lines elsewhere), ``plain``, ``json``, ``none``.
+            arguments: keyword arguments of the function, plain JSON values.
+
+        Raises:
+            TrainingError: the function raised; the original traceback comes first.
+            ExhaustedError: not enough cards by the deadline, or too many failures without progress.
+            FencedError: another launch of this run took over.
+            UnavailableError: storage or cluster is away.
+            InvalidError: options, arguments, or what was saved does not fit.
+        """
+        from resilience.history.live import LiveView
+        from resilience.runtime.launch import run_to_end
+
+        spec = self._spec(arguments)
+        with LiveView(mode=view) as live:
+            ended = run_to_end(spec, show=live.update)
+        return self._result(spec, ended)
+
+    def local(self, **arguments: Any) -> Any:
+        """Run the body in this process: one rank, no Ray, nothing saved or restored; for a debugger."""
+        self._bind(arguments)
+        with _single_process_environment():
+            try:
+                return self.function(Run(LocalHost(self.name)), **arguments)
+            except Interrupted:
+                return None
+
+    def _bind(self, arguments: dict[str, Any]) -> None:
+        try:
+            inspect.signature(self.function).bind(None, **arguments)
+        except TypeError as error:
+            raise InvalidError(
+                f"{self.function.__name__}: {error}",
+                operation="launch",
+                hint=f"its signature is {self.function.__name__}{inspect.signature(self.function)}",
+            ) from error
+
+    def _spec(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Everything other processes need, as plain data; checked before anything is started."""
+        from resilience.journal.format_file import ensure_format
+        from resilience.runtime.entry import Entry
+        from storage_backends import child, open_storage, probe
+
+        options = self._options
+        self._bind(arguments)
+        try:
+            json.dumps(arguments)
+        except (TypeError, ValueError) as error:
+            raise InvalidError(
+                f"an argument is not a plain value: {error}",
+                operation="launch",
+                hint="pass numbers, strings, lists and dicts; build objects inside the function",
+            ) from error
+        entry = Entry.of(self.function)
+        root = _absolute(str(options.storage))
+        nvme = _absolute(options.nvme) if options.nvme else None
+        shared = child(root, self.name)
+        storage = open_storage(shared)
+        probe(storage)
+        ensure_format(storage, run=self.name, created=_utc_now())
+        storage.close()
+        wanted = options.workers + options.spares
+        return {
+            "run": self.name,
+            "entry": entry.to_json(),
+            "arguments": arguments,
+            "policy": asdict(options.policy()),
+            "card": options.card or _card_kind(),
+            "levels": list(options.topology),
+            "storage": root,
+            "shared": shared,
+            "nvme": nvme,
+            "wanted": wanted,
+            "faults": list(options.faults),
+            "env": {
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+                "PYTHONUNBUFFERED": "1",
+                **options.env,
+            },
+            "describe": {
+                "job": self.function.__name__,
+                "entry": f"{entry.file}:{entry.name}",
+                "workers": options.workers,
+                "spares": options.spares,
+                "storage": root,
+                "nvme": nvme,
+                "policy": asdict(options.policy()),
+                "launcher": socket.gethostname(),
+            },
+        }
+
+    def _result(self, spec: dict[str, Any], ended: dict[str, Any]) -> JobResult:
+        outcome: Outcome = ended["outcome"]
+        value = json.loads(ended["value"]) if ended["value"] else None
+        result = JobResult(self.name, outcome, value, ended["steps"], spec["storage"])
+        context: dict[str, Any] = {"operation": "run", "step": result.steps}
+        again = f"see: resilience history {self.name} --storage {spec['storage']}"
+        match outcome.result:
+            case End.FINISHED | End.INTERRUPTED:
+                return result
+            case End.USER_ERROR:
+                exit_ = outcome.exit
+                raise TrainingError(
+                    outcome.reason,
+                    rank=outcome.rank,
+                    original=exit_.traceback if exit_ else "",
+                    output=exit_.output if exit_ else "",
+                    hint=again,
+                    **context,
+                )
+            case End.NO_CAPACITY | End.BUDGET_EXHAUSTED:
+                context["operation"] = outcome.result.value
+                raise ExhaustedError(outcome.reason, hint=again, **context)
+            case End.FENCED:
+                raise FencedError(outcome.reason, hint=again, **context)
+        raise UnavailableError(outcome.reason, hint=again, **context)
+
+
+def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """Make a training function a job: it goes on by itself over failures of cards, nodes and processes.
+
+    ``@job`` or ``@job(workers=8, spares=1, storage="s3://bucket/runs")``; the options are those of ``Options``,
+    checked here. The function's first parameter is the ``Run``; the others are keyword arguments of ``launch``.
+    """
+    checked = Options(**_checked(options))
+
+    def decorate(body: Callable[..., Any]) -> Job:
+        if not inspect.signature(body).parameters:
+            raise InvalidError(
+                f"{body.__name__}() takes no argument",
+                operation="job",
+                hint="its first parameter must be the run: def train(run: resilience.Run, *, ...)",
+            )
+        return Job(body, checked)
+
+    return decorate(function) if function is not None else decorate
+
+
+def load(target: str) -> Job:
+    """The job at ``FILE.py:FUNCTION``; a plain function becomes a job with default options."""
+    from resilience.runtime.entry import load_file
+
+    file, colon, name = target.rpartition(":")
+    if not colon or not name or not file:
+        raise InvalidError(
+            f"{target!r} names no function", operation="run", hint="write it as FILE.py:FUNCTION"
+        )
+    module = load_file(os.path.abspath(file))
+    found = getattr(module, name, None)
+    if isinstance(found, Job):
+        return found
+    if not callable(found):
+        near = [n for n, v in vars(module).items() if isinstance(v, Job)]
+        raise InvalidError(
+            f"{file} has no function {name!r}",
+            operation="run",
+            path=file,
+            hint=f"its jobs: {', '.join(near) or 'none; decorate one with @resilience.job'}",
+        )
+    return Job(found, Options())
+
+
+def _absolute(url: str) -> str:
+    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
+def _utc_now() -> str:
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _card_kind() -> str:
+    """The accelerator of the cluster this process can see; simulated cards where it has none."""
+    import ray
+
+    if ray.is_initialized():
+        resources = ray.cluster_resources()
+        for kind in ("GPU", "NPU"):
+            if resources.get(kind):
+                return kind
+    return "card"
+
+
+@contextmanager
+def _single_process_environment() -> Iterator[None]:
+    """The variables a launcher would set, for a world of one."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    ours = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

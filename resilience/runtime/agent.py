@@ -1,0 +1,141 @@
+"""The node agent: a Ray actor, one per node, that owns the node's cards and its processes.
+
+It reports what it observes to the supervisor and carries out what comes back. It holds the node's cards as Ray
+resources, so nobody else's work lands on them. An agent that is told it is lost, or that cannot reach the
+supervisor for a whole lease, ends its ranks and itself, so that the cards of a cut-off node come free.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from resilience.cards.simulated import SimulatedCards
+from resilience.errors import ResilienceError
+from resilience.runtime.node import NodeProcesses
+from resilience.runtime.output import Outputs
+from storage_backends import open_storage
+
+HEARTBEAT_S = 0.5
+LEASE_S = 60.0
+_BLOCK = 32 << 20
+
+
+class NodeAgent:
+    """Made by the supervisor, one per node.
+
+    Args:
+        config: see ``NodeProcesses``; plus ``host`` and ``cards``.
+        supervisor: handle of the supervisor actor.
+    """
+
+    def __init__(self, config: dict[str, Any], supervisor: Any) -> None:
+        self._config = config
+        self._supervisor = supervisor
+        self._observed: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._cards = SimulatedCards()
+        scratch = str(Path(config["nvme"].removeprefix("file://"))) if config["nvme"] else None
+        self._outputs = Outputs(open_storage(config["shared"]), scratch)
+        self._processes = NodeProcesses(config, self._outputs, self._observed.put)
+
+    def start(self) -> int:
+        """Begin: the zygote imports the user's module, reports start to flow. Returns this process's id."""
+        self._processes.start()
+        threading.Thread(target=self._report_loop, name="reports", daemon=True).start()
+        return os.getpid()
+
+    def lifeline(self) -> None:
+        """Return when the agent ends: the supervisor waits on this call to learn of our death at once."""
+        self._closed.wait()
+
+    def perform(self, orders: list[dict[str, Any]]) -> None:
+        """Carry out orders, in order. Returns before they are done: answers come as reports."""
+        for order in orders:
+            if order["t"] == "fail_card":
+                self._cards.fail(order["index"], detail="injected")
+            elif order["t"] == "die":
+                self._die()
+            elif order["t"] == "start" and order.get("fetch"):
+                self._fetch(order["fetch"])
+                self._processes.order(order)
+            else:
+                self._processes.order(order)
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """Bytes of a file of this node's nvme tier, for a peer that has to restore from it."""
+        return open_storage(self._config["nvme"]).read(name, start, end)
+
+    def size(self, name: str) -> int:
+        return open_storage(self._config["nvme"]).size(name)
+
+    def _fetch(self, wanted: list[dict[str, Any]]) -> None:
+        """Copy packs and parts of peers into our own nvme tier. What cannot be had is found missing by the
+        restore that needs it, which names it."""
+        ours = open_storage(self._config["nvme"])
+        for item in wanted:
+            peer, name = item["peer"], item["name"]
+            try:
+                size = ray.get(peer.size.options(concurrency_group="read").remote(name))
+                with ours.sink(name) as sink:
+                    for start in range(0, size, _BLOCK):
+                        block = peer.read.options(concurrency_group="read")
+                        sink.write(ray.get(block.remote(name, start, min(size, start + _BLOCK))))
+            except (ray.exceptions.RayError, ResilienceError, OSError) as error:
+                self._observed.put(
+                    {"t": "warning", "message": f"could not fetch {name} from a peer: {error}"}
+                )
+
+    def _report_loop(self) -> None:
+        last_reply = time.monotonic()
+        next_poll = 0.0
+        while not self._closed.is_set():
+            batch = self._batch()
+            if time.monotonic() >= next_poll:
+                next_poll = time.monotonic() + 1.0
+                for fault in self._cards.poll():
+                    batch.append(
+                        {"t": "card", "index": fault.index, "code": fault.code, "detail": fault.detail}
+                    )
+            try:
+                welcome = ray.get(
+                    self._supervisor.report.remote(self._config["name"], batch), timeout=LEASE_S
+                )
+                last_reply = time.monotonic()
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                welcome = time.monotonic() - last_reply < LEASE_S
+                self._closed.wait(HEARTBEAT_S)
+            if not welcome:
+                self._processes.close()
+                os._exit(0)  # told that we are lost, or nobody there for a lease: free the cards
+
+    def _batch(self) -> list[dict[str, Any]]:
+        batch = []
+        try:
+            batch.append(self._observed.get(timeout=HEARTBEAT_S))
+            while True:
+                batch.append(self._observed.get_nowait())
+        except queue.Empty:
+            return batch
+
+    def _die(self) -> None:
+        """Fail as a node does, all at once: every process of it, its raylet, this one. For chaos only."""
+        for pid in self._processes.pids():
+            os.kill(pid, signal.SIGKILL)
+        parent = os.getppid()
+        if "raylet" in Path(f"/proc/{parent}/cmdline").read_text().split("\0")[0]:
+            os.kill(parent, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def close(self) -> None:
+        """End every process of this node; returns when they are gone."""
+        self._processes.close()
+        self._outputs.close()
+        self._closed.set()

@@ -1,0 +1,105 @@
+"""The supervisor's pen: writes the event journal in the background, so that storage never holds up a decision.
+
+Events are sealed about once a second, at once when one is urgent. While storage is away they wait in memory,
+bounded; what had to be dropped is said in the journal when it is back.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from resilience.errors import ResilienceError
+from resilience.journal.events import EventWriter
+from storage_backends import Storage
+
+_SEAL_EVERY_S = 1.0
+_KEEP = 100_000
+
+
+class Chronicle:
+    """Journal of one supervisor.
+
+    Args:
+        storage: rooted at the run.
+        source: unique among all supervisors of the run.
+    """
+
+    def __init__(self, storage: Storage, *, run: str, source: str) -> None:
+        self._storage = storage
+        self._run = run
+        self._source = source
+        self._writer = EventWriter(storage, run=run, generation=0, source=source)
+        self._old: deque[EventWriter] = deque()
+        self._queue: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="journal", daemon=True)
+        self._thread.start()
+        self.dropped = 0
+        self.failing: str | None = None
+
+    def write(
+        self, type: str, data: dict[str, Any] | None = None, *, urgent: bool = False, **subject: Any
+    ) -> None:
+        """Write one event, timed now. Returns at once."""
+        self._queue.put(("event", (type, data or {}, subject, urgent, time.time())))
+
+    def generation(self, number: int) -> None:
+        """Events from here on belong to generation ``number``."""
+        self._queue.put(("generation", number))
+
+    def flush(self, timeout: float = 10.0) -> bool:
+        """Wait until everything written so far is in storage (or has failed to get there)."""
+        done = threading.Event()
+        self._queue.put(("flush", done))
+        return done.wait(timeout)
+
+    def close(self) -> None:
+        self.flush()
+        self._queue.put(("close", None))
+        self._thread.join(10)
+
+    def _loop(self) -> None:
+        sealed = time.monotonic()
+        while True:
+            due = max(0.0, sealed + _SEAL_EVERY_S - time.monotonic())
+            try:
+                kind, value = self._queue.get(timeout=due)
+            except queue.Empty:
+                kind, value = "seal", None
+            if kind == "event":
+                type_, data, subject, urgent, at = value
+                if self._writer.pending >= _KEEP:
+                    self.dropped += 1
+                    continue
+                self._writer.emit(type_, data, time=at, **subject)
+                if not urgent:
+                    continue
+            elif kind == "generation":
+                self._old.append(self._writer)
+                self._writer = EventWriter(
+                    self._storage, run=self._run, generation=value, source=self._source
+                )
+            self._seal()
+            sealed = time.monotonic()
+            if kind == "flush":
+                value.set()
+            elif kind == "close":
+                return
+
+    def _seal(self) -> None:
+        try:
+            while self._old:
+                self._old[0].seal()
+                self._old.popleft()
+            self._writer.seal()
+            if self.dropped:
+                message = f"{self.dropped} events were dropped while storage was away"
+                self.dropped = 0
+                self._writer.emit("warning.raised", {"message": message}, severity="warning")
+            self.failing = None
+        except ResilienceError as error:
+            # Kept: the next seal tries again. The journal only tells the story; the live view shows this.
+            self.failing = str(error)

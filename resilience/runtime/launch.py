@@ -1,0 +1,161 @@
+"""Launching: find or start a Ray cluster, start the supervisor, show what happens, bring back the result.
+
+The caller's process holds nothing of the run: if it dies on an existing cluster, the run goes on, and the same
+launch finds it again by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from resilience.control.types import Outcome
+from resilience.errors import UnavailableError
+from resilience.runtime.supervisor import NAMESPACE, Supervisor, actor_name, supervisor_options
+
+_VIEW_EVERY_S = 0.25
+
+
+def run_to_end(spec: dict[str, Any], *, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run ``spec`` (or attach to the run of that name that is going already) until it ends.
+
+    Returns ``{"outcome": Outcome, "value": JSON text or None, "view": dict}``. Ctrl-C asks for a clean stop; a
+    second one ends at once with ``KeyboardInterrupt``.
+    """
+    with cluster(spec["card"], spec["wanted"]):
+        supervisor, attached = _supervisor(spec)
+        if attached:
+            show({**ray.get(supervisor.view.remote()), "attached": True})
+        try:
+            return _follow(supervisor, show)
+        except ray.exceptions.RayActorError as error:
+            raise UnavailableError(
+                f"the supervisor of run {spec['run']!r} died: {error}",
+                operation="launch",
+                hint="run the same command again: it goes on from the newest checkpoint",
+            ) from error
+        finally:
+            _dismiss(supervisor)
+
+
+@contextlib.contextmanager
+def cluster(card: str, cards: int) -> Iterator[None]:
+    """A Ray cluster to run on: the one this process is in, the one of ``RAY_ADDRESS``, or a local one of our own
+    that ends with the block."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as error:
+            raise UnavailableError(
+                f"no Ray cluster answers at RAY_ADDRESS={address}: {error}",
+                operation="launch",
+                hint="start it (ray start --head), or unset RAY_ADDRESS to use a local one",
+            ) from error
+    else:
+        with _env("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"):
+            own: dict[str, Any] = {} if card == "GPU" else {"resources": {card: cards}}
+            ray.init(address="local", include_dashboard=False, **own, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _env(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+
+
+def _supervisor(spec: dict[str, Any]) -> tuple[Any, bool]:
+    """The supervisor of the run: the one that is there, or a new one."""
+    with contextlib.suppress(ValueError):
+        return ray.get_actor(actor_name(spec["run"]), namespace=NAMESPACE), True
+    options = supervisor_options(spec["run"])
+    place = _quiet_node(spec["card"])
+    if place is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place, soft=True)
+    supervisor = ray.remote(Supervisor).options(**options).remote(spec)
+    ray.get(supervisor.start.remote())
+    return supervisor, False
+
+
+def _quiet_node(card: str) -> str | None:
+    """A node without cards, where there is one: what fails there does not fail with a rank."""
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    without = [n for n in nodes if not n["Resources"].get(card)]
+    heads = [n for n in nodes if "node:__internal_head__" in n["Resources"]]
+    for group in (without, heads):
+        if group:
+            return str(group[0]["NodeID"])
+    return None
+
+
+def _follow(supervisor: Any, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    interrupts = _Interrupts()
+    asked = False
+    with interrupts:
+        while True:
+            ended: dict[str, Any] | None = ray.get(supervisor.wait.remote(_VIEW_EVERY_S))
+            if ended is not None:
+                show(ended["view"])
+                assert isinstance(ended["outcome"], Outcome)
+                return ended
+            show(ray.get(supervisor.view.remote()))
+            if interrupts.count > 1:
+                raise KeyboardInterrupt
+            if interrupts.count == 1 and not asked:
+                asked = True
+                ray.get(supervisor.request_stop.remote("interrupted (Ctrl-C)"))
+
+
+class _Interrupts:
+    """Counts Ctrl-C instead of raising, while the block runs; leaves signals alone outside the main thread."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def _dismiss(supervisor: Any) -> None:
+    """Take the supervisor down if its run is over (or the caller insists); it waits only for us."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        if ray.get(supervisor.wait.remote(0.0), timeout=5) is None:
+            ray.get(supervisor.abandon.remote(), timeout=30)
+        ray.get(supervisor.collected.remote(), timeout=5)
+    ray.kill(supervisor)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:  # until the name is free again: the next launch may use it at once
+        if not any(a["namespace"] == NAMESPACE for a in ray.util.list_named_actors(all_namespaces=True)):
+            return
+        time.sleep(0.01)

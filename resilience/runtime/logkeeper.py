@@ -1,0 +1,229 @@
+"""The supervisor's hand on the commit log: fences, commits, quarantines, retires, one at a time, off its loop.
+
+Carries out what ``control`` decided and answers with events. The order of durability is kept here: parts are
+durable before we are called, the Zarr metadata of the shared tier is written, then the record, then the answer.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from resilience.checkpoint import retention
+from resilience.checkpoint.part import Part, directory
+from resilience.control import commands as c
+from resilience.control import events as e
+from resilience.control.types import Candidate, CheckpointRef
+from resilience.errors import CorruptError, FencedError, ResilienceError
+from resilience.journal.log import CommitLog
+from resilience.journal.records import Kind
+from resilience.journal.state import LogState, candidates, fold
+from resilience.runtime.chronicle import Chronicle
+from storage_backends import Storage
+
+_GRACE_S = 5.0  # between a retire record and the removal of its bytes: longer than a reader holds a file open
+
+
+class LogKeeper:
+    """One thread that owns the ``CommitLog``.
+
+    Args:
+        answer: called with the events that answer commands.
+        reach: failpoint of the supervisor.
+        delete: called with a ref whose nvme bytes may go on every node.
+        broken: called with the traceback of an error that is a bug of ours.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        chronicle: Chronicle,
+        *,
+        run: str,
+        describe: dict[str, Any],
+        answer: Callable[[Any], None],
+        reach: Callable[..., None],
+        delete: Callable[[CheckpointRef], None],
+        broken: Callable[[str], None],
+    ) -> None:
+        self._storage = storage
+        self._chronicle = chronicle
+        self._run = run
+        self._describe = describe
+        self._answer = answer
+        self._reach = reach
+        self._delete = delete
+        self._broken = broken
+        self._log = CommitLog(storage, new_id=lambda: uuid.uuid4().hex)
+        self._orders: queue.SimpleQueue[c.Command | None] = queue.SimpleQueue()
+        self._retired: list[tuple[float, CheckpointRef]] = []
+        self.state = LogState()
+        # What the finish record says beside the outcome: completed steps, JSON text of what rank 0 returned.
+        self.steps = 0
+        self.value: str | None = None
+        self._sizes: dict[tuple[CheckpointRef, str, int], int] = {}
+        self._thread = threading.Thread(target=self._loop, name="log", daemon=True)
+        self._thread.start()
+
+    def perform(self, command: c.Command) -> None:
+        self._orders.put(command)
+
+    def persisted(self, ref: CheckpointRef, tier: str, rank: int, size: int) -> None:
+        """Note the size of a pack, for the record of its checkpoint."""
+        self._sizes[ref, tier, rank] = size
+
+    def close(self) -> None:
+        """Carry out what was handed over, then end."""
+        self._orders.put(None)
+        self._thread.join(60)
+
+    def _loop(self) -> None:
+        try:
+            self._work()
+        except Exception:  # noqa: BLE001 - a bug of ours: it must end the run loudly, not this thread silently
+            self._broken(traceback.format_exc())
+
+    def _work(self) -> None:
+        while True:
+            try:
+                command = self._orders.get(timeout=1.0)
+            except queue.Empty:
+                self._collect()
+                continue
+            if command is None:
+                self._collect(everything=True)
+                return
+            handler: Callable[[Any], None] = getattr(self, f"_{type(command).__name__.lower()}")
+            handler(command)
+
+    def _fence(self, command: c.Fence) -> None:
+        try:
+            record = self._log.fence(command.generation, {"run": self._run, **self._describe})
+            self.state = fold(self._log.refresh())
+        except FencedError as error:
+            self._answer(e.FenceLost(time.monotonic(), str(error)))
+            return
+        except ResilienceError as error:
+            self._answer(e.FenceLost(time.monotonic(), str(error), newer=False))
+            return
+        self._chronicle.generation(record.generation)
+        self._reach("fence.done", generation=record.generation)
+        self._answer(
+            e.Fenced(
+                time.monotonic(),
+                record.generation,
+                candidates(self.state),
+                finished=self.state.finished is not None,
+                unusable=_unusable(self.state),
+                slot=record.slot,
+            )
+        )
+
+    def _commit(self, command: c.Commit) -> None:
+        ref, tier = command.ref, command.tier
+        self._reach("commit.before", step=ref.step, tier=tier)
+        try:
+            if tier == "shared":
+                self._describe_checkpoint(ref, command.parts)
+            record = self._log.append(
+                Kind.CHECKPOINT,
+                {
+                    "step": ref.step,
+                    "tier": tier,
+                    "world_size": len(command.parts),
+                    "parts": [
+                        {"rank": rank, "node": node, "name": name, "sha256": sha256}
+                        for rank, node, name, sha256 in command.parts
+                    ],
+                    "size": sum(self._sizes.pop((ref, tier, rank), 0) for rank, *_ in command.parts),
+                },
+            )
+            self.state = fold(self._log.refresh())
+        except FencedError as error:
+            self._answer(e.FenceLost(time.monotonic(), str(error)))
+            return
+        except (ResilienceError, FileNotFoundError) as error:
+            self._answer(e.CommitFailed(time.monotonic(), ref, tier, str(error)))
+            return
+        self._reach("commit.done", step=ref.step, tier=tier)
+        self._answer(e.Committed(time.monotonic(), ref, tier, record.slot))
+
+    def _describe_checkpoint(self, ref: CheckpointRef, parts: tuple[tuple[int, str, str, str], ...]) -> None:
+        """Write what plain Zarr needs beside the packs: metadata and chunk references."""
+        try:
+            from resilience.checkpoint import zarr_view
+        except ImportError:
+            return
+        where = directory(ref.step, ref.generation)
+        loaded = [
+            Part.decode(self._storage.read(name), path=name) for _rank, _node, name, _sha256 in sorted(parts)
+        ]
+        url = f"{self._storage.url.rstrip('/')}/{where}"
+        for name, data in zarr_view.zarr_metadata(loaded, url=url).items():
+            with self._storage.sink(f"{where}/{name}") as sink:
+                sink.write(data)
+
+    def _quarantine(self, command: c.Quarantine) -> None:
+        ref = command.ref
+        body = {
+            "step": ref.step,
+            "generation": ref.generation,
+            "tier": command.tier,
+            "reason": command.reason,
+        }
+        self._append(Kind.QUARANTINE, body, f"could not record the quarantine of {ref}")
+
+    def _retire(self, command: c.Retire) -> None:
+        refs = [{"step": ref.step, "generation": ref.generation} for ref in command.refs]
+        if self._append(Kind.RETIRE, {"refs": refs}, "could not record what is retired"):
+            for ref in command.refs:
+                self._retired.append((time.monotonic() + _GRACE_S, ref))
+        self._collect()
+
+    def _collect(self, *, everything: bool = False) -> None:
+        """Remove the bytes of checkpoints that were retired a grace period ago."""
+        while self._retired and (everything or self._retired[0][0] <= time.monotonic()):
+            _due, ref = self._retired.pop(0)
+            self._delete(ref)
+            try:
+                retention.delete(self._storage, ref)
+            except ResilienceError as error:
+                self._warn(f"could not delete retired {ref}: {error}")
+                continue
+            self._chronicle.write(
+                "checkpoint.deleted", {"generation": ref.generation, "tier": "shared"}, step=ref.step
+            )
+
+    def _finish(self, command: c.Finish) -> None:
+        body = {"step": self.steps, "result": command.outcome.result.value, "value": self.value}
+        self._append(Kind.FINISH, body, "could not record that the run finished")
+
+    def _append(self, kind: Kind, body: dict[str, Any], complaint: str) -> bool:
+        try:
+            self._log.append(kind, body)
+            self.state = fold(self._log.refresh())
+        except FencedError as error:
+            self._answer(e.FenceLost(time.monotonic(), str(error)))
+            return False
+        except (ResilienceError, CorruptError) as error:
+            self._warn(f"{complaint}: {error}")
+            return False
+        return True
+
+    def _warn(self, message: str) -> None:
+        self._chronicle.write("warning.raised", {"message": message}, severity="warning")
+
+
+def _unusable(state: LogState) -> tuple[Candidate, ...]:
+    """What is recorded but quarantined: nothing to restore from, and a reason not to start over."""
+    return tuple(
+        Candidate(checkpoint.ref, tier, checkpoint.world_size, entry.hosts)
+        for checkpoint in state.checkpoints
+        for tier, entry in checkpoint.tiers.items()
+        if (checkpoint.step, checkpoint.generation, tier) in state.quarantined
+    )

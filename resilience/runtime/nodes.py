@@ -1,0 +1,214 @@
+"""Which machines the run has: an agent for each, and the news when one comes, dies, or falls silent.
+
+Ray tells which nodes are alive; the agents' own reports tell it sooner. Reports what it sees; whether a node is
+needed, replaced or waited for is decided in ``control``.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from resilience.control.types import Node
+from resilience.runtime.agent import NodeAgent
+from storage_backends import child
+
+NODE_LABEL = "resilience.io/node"
+LEVEL_LABEL = "resilience.io/{}"
+SILENCE_S = 5.0
+_LOOK_EVERY_S = 0.5
+_CLOSE_S = 15.0
+
+
+@dataclass
+class Member:
+    """A node of the run and its agent."""
+
+    node: Node
+    ray_id: str
+    agent: Any
+    lifeline: Any
+    last_seen: float
+    ready: bool = False
+    sent: list[Any] = field(default_factory=list)
+
+
+class Nodes:
+    """The nodes of one run.
+
+    Args:
+        spec: the launch spec (``run, entry, env, nvme, shared, card, levels, wanted`` cards).
+        supervisor: handle of the supervisor, for the agents to report to.
+        lost: called with (name, reason, last seen) when a member is gone.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        supervisor: Any,
+        failpoints: list[dict[str, Any]],
+        lost: Callable[[str, str, float], None],
+    ) -> None:
+        self._spec = spec
+        self._supervisor = supervisor
+        self._failpoints = failpoints
+        self._lost = lost
+        self._members: dict[str, Member] = {}
+        self._past: set[str] = set()  # a name that was lost does not come back: it is another node's now
+        self._gone: set[str] = set()  # Ray ids of nodes whose agent was lost: not asked twice
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def member(self, name: str) -> Member | None:
+        with self._lock:
+            return self._members.get(name)
+
+    def alive(self) -> list[Member]:
+        with self._lock:
+            return [m for m in self._members.values() if m.ready]
+
+    def heard(self, name: str) -> bool:
+        """An agent reported. False: it is no member (any more), and must go."""
+        with self._lock:
+            member = self._members.get(name)
+            if member is None:
+                return False
+            member.last_seen = time.monotonic()
+            return True
+
+    def ready(self, name: str) -> Node | None:
+        """An agent's zygote is warm; its node, the first time."""
+        with self._lock:
+            member = self._members.get(name)
+            if member is None or member.ready:
+                return None
+            member.ready = True
+            return member.node
+
+    def order(self, name: str, *orders: dict[str, Any]) -> bool:
+        """Send orders to a node's agent. False when there is no such member."""
+        member = self.member(name)
+        if member is None:
+            return False
+        member.agent.perform.remote(list(orders))
+        return True
+
+    def close(self) -> None:
+        """End every agent and its processes; returns when they are gone (or their node is)."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(10)
+        with self._lock:
+            members, self._members = list(self._members.values()), {}
+        calls = [m.agent.close.remote() for m in members]
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=_CLOSE_S)
+        for member in members:
+            ray.kill(member.agent)
+
+    def _watch(self) -> None:
+        next_look = 0.0
+        while not self._closing.is_set():
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + _LOOK_EVERY_S
+                alive = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
+                self._recruit(alive)
+                self._miss(alive)
+            with self._lock:
+                lifelines = {m.lifeline: name for name, m in self._members.items()}
+            if not lifelines:
+                self._closing.wait(0.1)
+                continue
+            ended, _ = ray.wait(list(lifelines), timeout=0.2)
+            for ref in ended:
+                self._drop(lifelines[ref], "its agent died")
+
+    def _recruit(self, alive: dict[str, Any]) -> None:
+        """Start agents on nodes with cards, as long as more cards are wanted."""
+        card = self._spec["card"]
+        with self._lock:
+            have = sum(m.node.cards for m in self._members.values())
+            known = {m.ray_id for m in self._members.values()} | self._gone
+        for ray_id, info in sorted(alive.items()):
+            count = int(info["Resources"].get(card, 0))
+            if have >= self._spec["wanted"] or count == 0 or ray_id in known:
+                continue
+            self._enlist(ray_id, info, count)
+            have += count
+
+    def _enlist(self, ray_id: str, info: dict[str, Any], count: int) -> None:
+        labels = info.get("Labels") or {}
+        name = labels.get(NODE_LABEL) or _host_name(info)
+        with self._lock:
+            if name in self._members or name in self._past:
+                name = f"{name}-{ray_id[:6]}"
+        levels = tuple(
+            labels[key] for level in self._spec["levels"] if (key := LEVEL_LABEL.format(level)) in labels
+        )
+        node = Node(name, count, levels, info["NodeManagerAddress"])
+        config = {
+            "name": name,
+            "host": node.host,
+            "cards": count,
+            "run": self._spec["run"],
+            "entry": self._spec["entry"],
+            "env": self._spec["env"],
+            "shared": self._spec["shared"],
+            "nvme": child(self._spec["nvme"], self._spec["run"], name) if self._spec["nvme"] else None,
+        }
+        card = self._spec["card"]
+        agent = (
+            ray.remote(concurrency_groups={"watch": 1, "read": 4})(NodeAgent)
+            .options(
+                num_cpus=0,
+                num_gpus=count if card == "GPU" else None,
+                resources=None if card == "GPU" else {card: count},
+                scheduling_strategy=NodeAffinitySchedulingStrategy(ray_id, soft=False),
+                max_restarts=0,
+            )
+            .remote(config, self._supervisor)
+        )
+        member = Member(
+            node, ray_id, agent, agent.lifeline.options(concurrency_group="watch").remote(), time.monotonic()
+        )
+        with self._lock:
+            self._members[name] = member
+        agent.perform.remote([{"t": "arm", "failpoints": self._failpoints}])
+        agent.start.remote()
+
+    def _miss(self, alive: dict[str, Any]) -> None:
+        with self._lock:
+            members = list(self._members.items())
+        now = time.monotonic()
+        for name, member in members:
+            if member.ray_id not in alive:
+                self._drop(name, "Ray says that the node died")
+            elif member.ready and now - member.last_seen > SILENCE_S:
+                self._drop(name, f"no report from its agent for {now - member.last_seen:.1f} s")
+
+    def _drop(self, name: str, reason: str) -> None:
+        with self._lock:
+            member = self._members.pop(name, None)
+            if member is None:
+                return
+            self._gone.add(member.ray_id)
+            self._past.add(name)
+        self._lost(name, reason, member.last_seen)
+        ray.kill(member.agent)  # if it lives after all: it is fenced, and its cards are wanted back
+
+
+def _host_name(info: dict[str, Any]) -> str:
+    """A name that the machine keeps over runs, so that what it wrote to its nvme tier is found again."""
+    name = info.get("NodeManagerHostname") or socket.gethostname()
+    return "".join(ch if ch.isalnum() or ch in "._-" else "-" for ch in name)

@@ -1,0 +1,338 @@
+"""A rank: one forked process that runs the user's function on one card.
+
+It never imports Ray and never talks to storage except to read a checkpoint: snapshots go into its arena, which
+the agent and the writer also hold, so that they outlive this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from resilience.checkpoint.arena import Arena
+from resilience.checkpoint.part import draft
+from resilience.checkpoint.plan import Plan, plan
+from resilience.checkpoint.restore import Source, restore
+from resilience.checkpoint.snapshot import snapshot, specs_of
+from resilience.checkpoint.tree import flatten, unflatten
+from resilience.errors import CorruptError, InvalidError, ResilienceError, UnavailableError
+from resilience.run import Interrupted, Run
+from resilience.runtime.failpoint import Failpoints
+from resilience.runtime.page import Page
+from resilience.runtime.wire import Channel
+
+SLOTS = 2
+_LOG_EVERY_S = 0.5
+_SLOT_WAIT_S = 10.0
+# Exit codes of a rank's process; its message to the agent says more.
+EXIT_USER_ERROR = 1
+EXIT_RESTORE_FAILED = 75
+
+
+def run_rank(function: Any, message: dict[str, Any], fds: list[int]) -> int:
+    """Body of the forked child: set the process up, run the function, say how it ended."""
+    page_fd, channel_fd, output_fd = fds
+    os.dup2(output_fd, 1)
+    os.dup2(output_fd, 2)
+    os.close(output_fd)
+    # The zygote's stream objects may hold buffered text or be redirected: make fresh ones on the new descriptors.
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(message["env"])
+    host = RankHost(message, Page(page_fd), Channel.from_fd(channel_fd))
+    body = getattr(function, "function", function)
+    try:
+        value = body(Run(host), **message["arguments"])
+    except Interrupted:
+        host.finish(stopped=True)
+        return 0
+    except _RestoreFailed as error:
+        host.tell(
+            {
+                "t": "restore_failed",
+                "tier": message["restore"]["tier"],
+                "reason": str(error),
+                "corrupt": isinstance(error.__cause__, CorruptError),
+            }
+        )
+        return EXIT_RESTORE_FAILED
+    except BaseException as error:  # noqa: BLE001 - the user's exception is carried to the caller, whatever it is
+        traceback.print_exc()
+        host.fail(error)
+        return EXIT_USER_ERROR
+    host.finish(value=value)
+    return 0
+
+
+class _RestoreFailed(Exception):
+    """The chosen checkpoint cannot be used; the supervisor falls back to another."""
+
+
+class RankHost:
+    """The ``Host`` of a supervised rank."""
+
+    def __init__(self, message: dict[str, Any], page: Page, channel: Channel) -> None:
+        self.rank: int = message["rank"]
+        self.world_size: int = message["world_size"]
+        self.local_rank: int = message["local_rank"]
+        self.name: str = message["run"]
+        self.generation: int = message["generation"]
+        self._every: int | None = message["checkpoint_every"]
+        self._sources = message["restore"]
+        self._page = page
+        self._channel = channel
+        self._restored: tuple[int, dict[str, Any]] | None = None
+        self._restore_done = False
+        self._arena: Arena | None = None
+        self._arena_id = 0
+        self._plan: Plan | None = None
+        self._saved = -1
+        self._done = 0
+        self._first = True
+        self._missed: set[tuple[str, int]] = set()
+        self._values: list[dict[str, Any]] = []
+        self._flushed = time.monotonic()
+        self._failpoints = Failpoints(message["failpoints"], self._fire)
+
+    # Talking to the agent.
+
+    def tell(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        self._channel.send(message, fds)
+
+    def _fire(self, fault: dict[str, Any]) -> None:
+        self.tell({"t": "inject", "index": fault["index"]})
+        self._channel.receive()  # carried out: usually we do not live to see it
+        if fault["action"] == "raise" and fault.get("rank") == self.rank:
+            raise RuntimeError(f"injected fault {fault['index']}")
+
+    def _reach(self, point: str, step: int) -> None:
+        if self._failpoints:
+            self._failpoints.reach(point, rank=self.rank, step=step, generation=self.generation)
+
+    # The Host protocol.
+
+    def restored(self) -> tuple[int, dict[str, Any]] | None:
+        if self._restore_done:
+            return self._restored
+        self._restore_done = True
+        began = time.monotonic()
+        self._page.enter("restore")
+        if self._sources is None:
+            self.tell({"t": "restored", "step": 0, "tier": None, "seconds": 0.0})
+            return None
+        self._reach("restore.begin", self._sources["step"])
+        try:
+            got = restore(
+                [Source.from_json(item) for item in self._sources["parts"]],
+                run=self.name,
+                step=self._sources["step"],
+                generation=self._sources["generation"],
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+        except (CorruptError, UnavailableError) as error:
+            raise _RestoreFailed(str(error)) from error
+        state = unflatten(got.skeleton, got.arrays)
+        self._restored = (got.step, state)
+        self._saved = self._done = got.step
+        self.tell(
+            {
+                "t": "restored",
+                "step": got.step,
+                "tier": self._sources["tier"],
+                "seconds": time.monotonic() - began,
+            }
+        )
+        self._page.enter("start")
+        self._page.beat(got.step)
+        return self._restored
+
+    def begin(self, step: int) -> None:
+        self._page.beat(step)
+        if self._failpoints:
+            self._reach("step", step)
+
+    def end(self, done: int, total: int) -> bool:
+        page = self._page
+        page.beat(done)
+        self._done = done
+        if self._first:
+            self._first = False
+            self.tell({"t": "stepped", "step": done})
+        at = page.checkpoint_at
+        if 0 <= at < done:
+            self._miss("checkpoint", at, done)
+        if done == total or at == done:
+            return done != self._saved
+        return self._every is not None and done % self._every == 0
+
+    def _miss(self, what: str, wanted: int, done: int) -> None:
+        if (what, wanted) in self._missed or wanted <= self._saved:
+            return
+        self._missed.add((what, wanted))
+        self.tell({"t": "missed", "wanted": wanted, "step": done})
+
+    def stop_point(self, done: int) -> bool:
+        page = self._page
+        stop = page.stop_at
+        if stop < 0 or stop > done:
+            return False
+        if stop < done:
+            self._miss("stop", stop, done)
+            return False
+        self._flush()
+        self.tell({"t": "parked", "step": done})
+        page.enter("stopping")
+        while page.stop_at == done:
+            if page.release_at == done:
+                return True
+            time.sleep(0.002)  # the page is memory: there is nothing to wait on but its word
+            page.beat(done)
+        page.enter("step")
+        return False
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._values.append({"step": step, **values})
+        if time.monotonic() - self._flushed > _LOG_EVERY_S:
+            self._flush()
+        if self._failpoints:
+            self._reach("log", step)
+
+    def _flush(self) -> None:
+        self._flushed = time.monotonic()
+        if self._values:
+            self.tell({"t": "log", "values": self._values})
+            self._values = []
+
+    def enter(self, section: str) -> None:
+        self._page.enter(section)
+        self._page.beat(self._done)
+
+    @contextmanager
+    def _section(self, name: str) -> Iterator[None]:
+        before = self._page.section
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def save(self, done: int, capture: Callable[[], dict[str, Any]], objects: dict[str, Any]) -> None:
+        began = time.monotonic()
+        with self._section("snapshot"):
+            self._flush()  # what was logged up to a checkpoint is as safe as the checkpoint
+            self._reach("snapshot.begin", done)
+            skeleton, arrays = self._flatten(capture())
+            layout = plan(specs_of(arrays, objects), rank=self.rank, world_size=self.world_size)
+            arena = self._fitting_arena(layout)
+            slot = self._acquire(arena, done)
+            if slot is None:
+                return
+            snapshot(
+                arena,
+                slot,
+                arrays,
+                layout,
+                step=done,
+                generation=self.generation,
+                before_seal=lambda: self._reach("snapshot.copied", done),
+            )
+        stall = time.monotonic() - began
+        self._page.add_stall(stall)
+        self._saved = done
+        part = draft(layout, skeleton, run=self.name, step=done, generation=self.generation)
+        self.tell(
+            {
+                "t": "sealed",
+                "arena": self._arena_id,
+                "slot": slot,
+                "step": done,
+                "stall_s": stall,
+                "size": layout.size,
+                "part": part.to_json(),
+            }
+        )
+        self._reach("snapshot.sealed", done)
+
+    def _flatten(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        skeleton: dict[str, Any] = {}
+        arrays: dict[str, Any] = {}
+        for name, value in state.items():
+            some, skeleton[name] = flatten(value, prefix=name)
+            arrays.update(some)
+        return skeleton, arrays
+
+    def _fitting_arena(self, layout: Plan) -> Arena:
+        if self._arena is None or self._arena.slot_bytes < layout.size:
+            if self._arena is not None:
+                self._arena.close()  # the agent and the writer hold it as long as its slots are needed
+            self._arena = Arena.create(SLOTS, layout.size)
+            self._arena_id += 1
+            self.tell({"t": "arena", "arena": self._arena_id}, (self._arena.fd,))
+        return self._arena
+
+    def _acquire(self, arena: Arena, done: int) -> int | None:
+        """A slot to write to. Waits for the writer, but not for one whose saves fail: training goes on."""
+        deadline = time.monotonic() + _SLOT_WAIT_S
+        while True:
+            slot = arena.acquire()
+            if slot is not None:
+                return slot
+            if self._page.saves_failing or time.monotonic() > deadline:
+                self.tell(
+                    {"t": "skipped", "step": done, "reason": "every arena slot still waits for storage"}
+                )
+                return None
+            self._page.beat(done)
+            time.sleep(0.001)  # slot states are shared memory: there is nothing to wait on but their words
+
+    # The end.
+
+    def finish(self, value: Any = None, *, stopped: bool = False) -> None:
+        self._flush()
+        try:
+            text = json.dumps(value)
+        except (TypeError, ValueError):
+            print(
+                f"resilience: return value of type {type(value).__name__} is not JSON; it is dropped",
+                flush=True,
+            )
+            text = "null"
+        self.tell({"t": "finished", "steps": self._done, "stopped": stopped, "value": text})
+
+    def fail(self, error: BaseException) -> None:
+        with contextlib.suppress(Exception):  # the metrics are worth less than the traceback that follows
+            self._flush()
+        own = isinstance(error, ResilienceError)
+        self.tell(
+            {
+                "t": "failed",
+                "error": f"{type(error).__name__}: {error}"[:4000],
+                "traceback": traceback.format_exc()[-16000:],
+                "signature": _signature(error),
+                "invalid": own and isinstance(error, InvalidError),
+            }
+        )
+
+
+def _signature(error: BaseException) -> str:
+    """Type and place of an exception, stable over generations."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1] if frames else None
+    return (
+        f"{type(error).__name__}@{os.path.basename(last.filename)}:{last.lineno}"
+        if last
+        else type(error).__name__
+    )

@@ -1,0 +1,396 @@
+"""The supervisor: a detached Ray actor, named after its run, that drives ``control.supervise``.
+
+It gathers what happens, asks ``step`` what to do, and has it done; every decision is in ``control``. One thread
+runs that loop and never waits for storage or for a node: those answer with events.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+import traceback
+import uuid
+from typing import Any
+
+import ray
+
+from resilience.control import commands as c
+from resilience.control import events as e
+from resilience.control.supervise import State, step
+from resilience.control.types import CheckpointRef, Outcome, Phase, Policy, Result
+from resilience.errors import ResilienceError
+from resilience.runtime.chronicle import Chronicle
+from resilience.runtime.failpoint import Failpoints
+from resilience.runtime.logkeeper import LogKeeper
+from resilience.runtime.nodes import Nodes
+from resilience.runtime.translate import event_of, line_of
+from resilience.runtime.view import view_of
+from storage_backends import open_storage
+
+NAMESPACE = "resilience"
+_TICK_S = 0.25
+_ORPHAN_S = 60.0  # a finished supervisor whose caller never comes for the result ends itself
+_SIGNALS = {"kill": signal.SIGKILL, "segfault": signal.SIGSEGV, "stop": signal.SIGSTOP}
+
+
+def actor_name(run: str) -> str:
+    return f"resilience:{run}"
+
+
+class Supervisor:
+    """Drives one run.
+
+    Args:
+        spec: plain data from the launcher: ``run, job, entry, env, arguments, policy, card, levels, storage, nvme,
+            faults, wanted``.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._spec = spec
+        self._policy = Policy(**spec["policy"])
+        self._events: queue.SimpleQueue[e.Event] = queue.SimpleQueue()
+        self._state = State.initial(self._policy, spec["run"], at=time.monotonic())
+        self._storage = open_storage(spec["shared"])
+        self._source = f"supervisor-{uuid.uuid4().hex[:8]}"
+        self._chronicle = Chronicle(self._storage, run=spec["run"], source=self._source)
+        self._plan = [{**fault, "index": i} for i, fault in enumerate(spec["faults"])]
+        self._fired: set[int] = set()
+        self._failpoints = Failpoints(self._plan, self._inject)
+        self._log = LogKeeper(
+            self._storage,
+            self._chronicle,
+            run=spec["run"],
+            describe={"supervisor": f"{socket.gethostname()}/{os.getpid()}"},
+            answer=self._events.put,
+            reach=self._reach,
+            delete=self._delete,
+            broken=self._break,
+        )
+        self._nodes: Nodes | None = None
+        self._restoring: CheckpointRef | None = None
+        self._metrics: dict[str, float] = {}
+        self._value: str | None = None
+        self._broken: str | None = None  # traceback of a bug of ours: never hidden, always the end
+        self._done = threading.Event()
+        self._collected = threading.Event()
+
+    # Called by the launcher.
+
+    def start(self) -> None:
+        """Begin: recruit nodes, and go."""
+        spec = self._spec
+        self._chronicle.write(
+            "run.started", {**spec["describe"], "arguments": spec["arguments"]}, urgent=True
+        )
+        me = ray.get_runtime_context().current_actor
+        self._nodes = Nodes(spec, me, self._plan, self._node_lost)
+        self._nodes.start()
+        threading.Thread(target=self._loop, name="supervise", daemon=True).start()
+
+    def _break(self, traceback_text: str) -> None:
+        """A thread of ours met an error that nobody foresaw: end the run with it, loudly."""
+        self._broken = traceback_text
+        threading.Thread(target=self._wind_down, name="finish", daemon=True).start()
+
+    def report(self, node: str, batch: list[dict[str, Any]]) -> bool:
+        """What a node's agent saw. False: the agent is not a member of the run any more."""
+        assert self._nodes is not None
+        if not self._nodes.heard(node):
+            return False
+        for seen in batch:
+            self._take(node, seen)
+        return True
+
+    def view(self) -> dict[str, Any]:
+        """The run right now, as plain data (see ``history.live``)."""
+        return view_of(self._state, self._log.state, metrics=self._metrics, failing=self._chronicle.failing)
+
+    def wait(self, timeout: float) -> dict[str, Any] | None:
+        """The outcome, or ``None`` when the run is still going after ``timeout`` seconds."""
+        if not self._done.wait(timeout):
+            return None
+        outcome = self._state.outcome
+        if self._broken is not None or outcome is None:
+            outcome = Outcome(
+                Result.UNAVAILABLE, f"the supervisor failed, please report this:\n{self._broken}"
+            )
+        finished = self._log.state.finished or {}
+        return {
+            "outcome": outcome,
+            "value": finished.get("value"),
+            "steps": finished.get("step", self._steps()),
+            "view": {**self.view(), "result": outcome.result.value},
+        }
+
+    def _steps(self) -> int:
+        return max(self._state.step, self._state.restored_step, 0)
+
+    def request_stop(self, reason: str) -> None:
+        self._events.put(e.StopRequested(time.monotonic(), reason))
+
+    def abandon(self) -> None:
+        """End everything now, without a last checkpoint; what is committed stays."""
+        self._wind_down()
+
+    def collected(self) -> None:
+        """The caller has the result: nothing is left to stay for."""
+        self._collected.set()
+
+    # The loop.
+
+    def _loop(self) -> None:
+        try:
+            self._supervise()
+        except Exception:  # noqa: BLE001 - a bug of ours: reported as the outcome of the run
+            self._break(traceback.format_exc())
+        if not self._collected.wait(_ORPHAN_S):
+            os._exit(0)
+
+    def _supervise(self) -> None:
+        while self._state.phase is not Phase.DONE:
+            try:
+                event: e.Event = self._events.get(timeout=_TICK_S)
+            except queue.Empty:
+                event = e.Tick(time.monotonic())
+            self._state, commands = step(self._state, event)
+            for command in commands:
+                getattr(self, f"_do_{type(command).__name__.lower()}")(command)
+
+    def _do_stopranks(self, command: c.StopRanks) -> None:
+        order = {"t": "stop", "generation": command.generation, "token": command.node}
+        if not self._order(command.node, order):
+            self._events.put(e.RanksStopped(time.monotonic(), command.generation, command.node))
+
+    def _do_openstore(self, command: c.OpenStore) -> None:
+        self._order(command.node, {"t": "store", "generation": command.generation})
+
+    def _do_startranks(self, command: c.StartRanks) -> None:
+        restore, fetch = self._restore_order(command)
+        here = [a for a in command.table if a.card.node == command.node]
+        host, _, port = command.store.rpartition(":")
+        ranks = [
+            {
+                "rank": a.rank,
+                "local_rank": a.local_rank,
+                "world_size": len(command.table),
+                "run": self._spec["run"],
+                "checkpoint_every": self._policy.checkpoint_every,
+                "restore": restore,
+                "arguments": self._spec["arguments"],
+                "failpoints": [f for f in self._plan if f["index"] not in self._fired],
+                "env": {
+                    "RANK": str(a.rank),
+                    "WORLD_SIZE": str(len(command.table)),
+                    "LOCAL_RANK": str(a.local_rank),
+                    "LOCAL_WORLD_SIZE": str(len(here)),
+                    "MASTER_ADDR": host,
+                    "MASTER_PORT": port,
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
+                    "TORCHELASTIC_RESTART_COUNT": str(command.generation),
+                    "TORCHELASTIC_RUN_ID": self._spec["run"],
+                    **self._card_env(a.card.index),
+                },
+            }
+            for a in here
+        ]
+        self._order(
+            command.node,
+            {"t": "start", "generation": command.generation, "ranks": ranks, "fetch": fetch},
+        )
+        self._reach("ranks.started", node=command.node, generation=command.generation)
+
+    def _card_env(self, index: int) -> dict[str, str]:
+        card = self._spec["card"]
+        name = {"GPU": "CUDA_VISIBLE_DEVICES", "NPU": "ASCEND_RT_VISIBLE_DEVICES"}.get(
+            card, "RESILIENCE_CARD"
+        )
+        return {name: str(index)}
+
+    def _restore_order(self, command: c.StartRanks) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """What ranks of a node restore from, and what its agent must fetch from peers first."""
+        candidate = command.restore
+        self._restoring = candidate.ref if candidate else None
+        if candidate is None:
+            return None, []
+        entry = next(cp for cp in self._log.state.checkpoints if cp.ref == candidate.ref).tiers[
+            candidate.tier
+        ]
+        member = self._nodes.member(command.node) if self._nodes else None
+        nvme = candidate.tier == "nvme"
+        root = self._spec["shared"]
+        if nvme:
+            from storage_backends import child
+
+            root = child(self._spec["nvme"], self._spec["run"], command.node)
+        parts = [{"rank": p.rank, "storage": root, "part": p.name, "sha256": p.sha256} for p in entry.parts]
+        fetch = []
+        for p in entry.parts if nvme and member is not None else ():
+            peer = self._nodes.member(p.node) if self._nodes and p.node != command.node else None
+            if peer is not None:
+                names = (p.name, p.name.removesuffix(".json") + ".pack")
+                fetch += [{"peer": peer.agent, "name": name} for name in names]
+        ref = candidate.ref
+        order = {"step": ref.step, "generation": ref.generation, "tier": candidate.tier, "parts": parts}
+        return order, fetch
+
+    def _do_postcheckpoint(self, command: c.PostCheckpoint) -> None:
+        self._post(command.generation, "checkpoint_at", command.step)
+
+    def _do_poststop(self, command: c.PostStop) -> None:
+        # The checkpoint first: a rank that sees the stop must already see that it is to save there.
+        self._post(command.generation, "checkpoint_at", command.step)
+        self._post(command.generation, "stop_at", command.step)
+
+    def _do_releasestop(self, command: c.ReleaseStop) -> None:
+        self._post(command.generation, "release_at", command.step)
+
+    def _post(self, generation: int, word: str, value: int) -> None:
+        for member in self._nodes.alive() if self._nodes else ():
+            self._order(
+                member.node.name, {"t": "post", "generation": generation, "word": word, "step": value}
+            )
+
+    def _do_record(self, command: c.Record) -> None:
+        self._chronicle.write(
+            command.type,
+            command.data,
+            urgent=command.urgent,
+            rank=command.rank,
+            node=command.node,
+            card=command.card,
+            step=command.step,
+        )
+
+    def _to_log(self, command: c.Command) -> None:
+        self._log.perform(command)
+
+    _do_fence = _do_commit = _do_quarantine = _do_retire = _to_log
+
+    def _do_finish(self, command: c.Finish) -> None:
+        outcome = command.outcome
+        if outcome.result is Result.FINISHED:
+            self._log.value, self._log.steps = self._value, self._steps()
+            self._log.perform(command)
+        threading.Thread(target=self._wind_down, name="finish", daemon=True).start()
+
+    def _wind_down(self) -> None:
+        """End agents and threads; only then tell the caller, so that nothing of ours is left by then."""
+        if self._nodes is not None:
+            self._nodes.close()
+        self._log.close()
+        self._chronicle.close()
+        self._done.set()
+
+    # What happens.
+
+    def _take(self, node: str, seen: dict[str, Any]) -> None:
+        at = time.monotonic()
+        kind = seen["t"]
+        if kind == "ready":
+            joined = self._nodes.ready(node) if self._nodes else None
+            if joined is not None:
+                self._events.put(e.NodeJoined(at, joined))
+        elif kind == "store":
+            host = self._nodes.member(node) if self._nodes else None
+            if host is not None:
+                address = f"{host.node.host}:{seen['port']}"
+                self._events.put(e.StoreReady(at, seen["generation"], address))
+        elif kind == "inject":
+            threading.Thread(target=self._injection, args=(node, seen), daemon=True).start()
+        elif kind == "load_failed":
+            self._events.put(e.LoadFailed(at, node, seen["error"], seen["traceback"]))
+        else:
+            if kind == "persisted":
+                ref = CheckpointRef(seen["step"], seen["generation"])
+                self._log.persisted(ref, seen["tier"], seen["rank"], seen["size"])
+            if kind == "finished" and seen["rank"] == 0:
+                self._value = seen["value"]
+            if kind == "log" and seen["values"]:
+                self._metrics = {**self._metrics, **seen["values"][-1]}
+            event = event_of(node, seen, at, self._restoring)
+            if event is not None:
+                self._events.put(event)
+            line = line_of(node, seen)
+            if line is not None:
+                self._chronicle.write(line[0], line[1], **line[2])
+
+    def _node_lost(self, name: str, reason: str, last_seen: float) -> None:
+        self._events.put(e.NodeLost(time.monotonic(), name, reason, last_seen))
+
+    def _order(self, node: str, order: dict[str, Any]) -> bool:
+        return self._nodes is not None and self._nodes.order(node, order)
+
+    def _delete(self, ref: CheckpointRef) -> None:
+        for member in self._nodes.alive() if self._nodes else ():
+            self._order(member.node.name, {"t": "delete", "step": ref.step, "generation": ref.generation})
+
+    # Faults on purpose.
+
+    def _reach(self, point: str, **context: Any) -> None:
+        if self._failpoints:
+            self._failpoints.reach(point, **context)
+
+    def _injection(self, node: str, seen: dict[str, Any]) -> None:
+        fault = self._plan[seen["index"]]
+        self._inject(fault)
+        source = seen.get("source") or f"rank-{seen['rank']}-g{seen['generation']}"
+        self._order(node, {"t": "injected", "source": source})
+
+    def _inject(self, fault: dict[str, Any]) -> None:
+        """Carry a planned fault out, once: journalled and durable first."""
+        if fault["index"] in self._fired:
+            return
+        self._fired.add(fault["index"])
+        where = {a.rank: a.card for a in self._state.table}
+        card = where.get(fault.get("rank", -1))
+        node = fault.get("node") or (card.node if card else None)
+        at = fault["at"]
+        self._chronicle.write(
+            "chaos.injected",
+            {
+                "fault": fault["action"],
+                "point": at,
+                "target": fault.get("rank", node),
+                "plan_index": fault["index"],
+            },
+            urgent=True,
+            rank=fault.get("rank"),
+            node=node,
+            card=str(card) if card else None,
+            step=at.get("step"),
+        )
+        self._chronicle.flush()
+        if node is None or self._nodes is None:
+            return
+        member = self._nodes.member(node)
+        if member is None:
+            return
+        action = fault["action"]
+        if action in _SIGNALS:
+            order = {"t": "signal", "rank": fault["rank"], "signal": int(_SIGNALS[action])}
+        elif action == "fail_card" and card is not None:
+            order = {"t": "fail_card", "index": card.index}
+        elif action == "kill_node":
+            order = {"t": "die"}
+        else:
+            return  # exit and raise are carried out by the rank that reached the point
+        try:
+            ray.get(member.agent.perform.remote([order]), timeout=10)
+        except (ray.exceptions.RayError, ResilienceError):
+            return  # a killed node does not answer
+
+
+def supervisor_options(run: str) -> dict[str, Any]:
+    """Options of the actor: detached, so that it outlives the caller; many callers at once."""
+    return {
+        "name": actor_name(run),
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "max_concurrency": 32,
+        "max_restarts": 0,
+    }

@@ -1,0 +1,36 @@
+"""The few system calls Python's standard library has no name for."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that made it ends; exit at once if ``parent`` is gone.
+
+    The last line of defence against processes left behind: it works for a process that is stopped or stuck.
+    """
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def process_state(pid: int) -> str:
+    """The kernel's state letter of ``pid`` (``R S D T Z``), ``X`` when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(") ")[2][:1] or "X"
+    except OSError:
+        return "X"
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """Command that runs ``module`` of this installation in a new interpreter."""
+    return [sys.executable, "-m", module, *arguments]
