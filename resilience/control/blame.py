@@ -21,7 +21,9 @@ SETTLE_S = (
 # Strengths. From DECISIVE on nothing is waited for.
 CONNECTION = 1  # a rank that lost its peers: never the culprit
 USER = 2  # an exception of the user's function
-ABORTED = 3  # abort(): also what NCCL's watchdog does to a rank whose peer died
+ABORTED = (
+    2  # abort(): a crash, or what a watchdog does to a rank whose peer failed; of equals the earlier counts
+)
 DECISIVE = 4
 EXITED = 4  # ended without an exception and without having finished; did not start; hangs
 KILLED = 5  # SIGKILL, SIGSEGV, SIGBUS ...

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, replace
 
 from resilience.control.progress import FIRST_STEPS, Pages
+from resilience.control.retention import SHARED
+from resilience.control.saves import Saves
 from resilience.control.types import Policy
 
 MESSAGE_S = 1.0  # age of the newest step known here (one progress report a second) plus the way to the ranks
@@ -88,8 +90,20 @@ def failed(cadence: Cadence, step: int, now: float) -> Cadence:
     return cadence
 
 
-def durable(cadence: Cadence, seconds: float) -> Cadence:
-    return replace(cadence, durable_s=seconds)
+def durable(cadence: Cadence, tier: str, seconds: float) -> Cadence:
+    """A commit came ``seconds`` after the first seal. The shared tier's is the measure; a nearer one only a
+    bound."""
+    return replace(cadence, durable_s=seconds if tier == SHARED else max(cadence.durable_s, seconds))
+
+
+def busy(saves: Saves, cadence: Cadence, now: float) -> bool:
+    """Whether the newest save is still on its way to the shared tier, and for no suspiciously long time."""
+    if not saves.steps:
+        return False
+    save = saves.steps[max(saves.steps)]
+    shared = save.tiers.get(SHARED)
+    settled = save.abandoned or (shared is not None and (shared.done or shared.failed))
+    return not settled and now - save.since < max(_GIVE_UP_S, 3.0 * cadence.durable_s)
 
 
 def begin(cadence: Cadence) -> Cadence:

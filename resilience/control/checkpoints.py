@@ -84,7 +84,7 @@ def committed(turn: Turn, event: Committed) -> None:
         saves=after,
         safe_at=turn.now,
         kept=retention.add(state.kept, event.ref, event.tier),
-        cadence=cadence.durable(state.cadence, durable_s),
+        cadence=cadence.durable(state.cadence, event.tier, durable_s),
         failures=replace(state.failures, committed=True),
     )
     turn.record(
@@ -110,7 +110,9 @@ def ask(turn: Turn) -> None:
     """A tick: ask for a checkpoint when one is due."""
     state = turn.state
     idle = state.phase is Phase.RUNNING and state.trouble is None and not state.pages.finished.count
-    if idle and cadence.due(state.policy, state.cadence, state.pages, turn.now):
+    if not idle or cadence.busy(state.saves, state.cadence, turn.now):
+        return
+    if cadence.due(state.policy, state.cadence, state.pages, turn.now):
         _post(turn, state.pages.top)
 
 

@@ -22,11 +22,17 @@ def finish(turn: Turn, outcome: Outcome) -> None:
     if state.phase in (Phase.STARTING, Phase.RUNNING, Phase.STOPPING):
         turn.record("generation.ended", {"reason": outcome.result.value, "steps": state.pages.top})
     turn.record("run.finished", _story(turn, outcome), urgent=True)
-    told = state.stops
-    turn.do(
-        *(StopRanks(gen, node) for node, gen in state.running.items() if node not in told), Finish(outcome)
-    )
+    turn.do(*end_ranks(turn), Finish(outcome))
     turn.put(phase=Phase.DONE, outcome=outcome, trouble=None, drain=None, attempt=None, ending_at=None)
+
+
+def end_ranks(turn: Turn) -> list[StopRanks]:
+    """Orders to end every process that may be left; none where they were given before."""
+    running = turn.state.running
+    if running.told_at is not None:
+        return []
+    turn.put(running=replace(running, told_at=turn.now))
+    return [StopRanks(running.generation, node) for node in running.left()]
 
 
 def complete(turn: Turn) -> None:

@@ -36,7 +36,7 @@ def lost_steps(incident: Incident) -> int:
     restored step is unknown."""
     if incident.step_restored is None:
         return 0
-    return max(0, incident.step_failed - incident.step_restored)
+    return max(0, incident.step_failed - max(incident.step_restored, incident.step_began))
 
 
 def recovery_s(incident: Incident) -> float:

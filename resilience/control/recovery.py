@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from resilience.control import blame, budget, starting
 from resilience.control.blame import Signal
-from resilience.control.commands import Quarantine, StopRanks
-from resilience.control.ending import complete, finish, saved
+from resilience.control.commands import Quarantine
+from resilience.control.ending import complete, end_ranks, finish, saved
 from resilience.control.events import CardFaulted, NodeLost, RankExited, RestoreFailed
 from resilience.control.retention import SHARED, remove
 from resilience.control.starting import subject
@@ -33,8 +33,7 @@ def node_lost(turn: Turn, event: NodeLost) -> None:
     ranks = [assignment.rank for assignment in state.table if assignment.card.node == event.name]
     turn.put(
         cluster=state.cluster.lose(event.name),
-        running={name: gen for name, gen in state.running.items() if name != event.name},
-        stops={name: at for name, at in state.stops.items() if name != event.name},
+        running=state.running.without(event.name),
     )
     attempt = state.attempt
     # A node all of whose ranks have finished matters only while it holds bytes that are nowhere else yet.
@@ -161,6 +160,7 @@ def verdict(turn: Turn) -> None:
         card=None if unexplained else signal.card,
         confidence=signal.confidence,
         step_failed=state.pages.top,
+        step_began=state.pages.first if state.open else 0,
         at={"failed": min(each.failed_at for each in state.trouble.signals), "detected": first.at},
         signals=others,
     )
@@ -189,13 +189,12 @@ def verdict(turn: Turn) -> None:
 def stop_all(turn: Turn, end: Outcome | None) -> None:
     """End every rank, then wait for what can still be committed; after that ``end``, or a new attempt."""
     state = turn.state
-    turn.do(*(StopRanks(generation, node) for node, generation in state.running.items()))
+    turn.do(*end_ranks(turn))
     turn.put(
         phase=Phase.FENCING,
         attempt=None,
         trouble=None,
         ending_at=None,
-        stops=dict.fromkeys(state.running, turn.now),
         drain=Drain(turn.now + state.policy.drain_deadline_s, _worth(turn), end),
     )
     drained(turn)
@@ -242,6 +241,8 @@ def _decide(turn: Turn, incident: Incident, signal: Signal, avoided: bool) -> tu
         return "stop", "the budget of restarts is used up", end
     if incident.kind == "restore":
         return "restore older", "the chosen checkpoint cannot be restored", None
+    if avoided and state.cluster.unblemished < len(state.table):
+        return "restart", f"card {incident.card} failed twice in a row, but there is no spare for it", None
     return (*_rung(incident, avoided), None)
 
 

@@ -20,7 +20,7 @@ from resilience.control.events import Fenced, Restored, StoreReady
 from resilience.control.ledger import lost_steps, phases
 from resilience.control.persistent import Ranks
 from resilience.control.saves import Saves
-from resilience.control.state import Attempt, Turn, Waiting
+from resilience.control.state import Attempt, Running, Turn, Waiting
 from resilience.control.types import Card, Incident, Outcome, Phase, Result
 
 GRACE_S = 5.0  # before the first generation: spares that join a moment later may give a better topology
@@ -201,11 +201,12 @@ def start(turn: Turn) -> None:
         urgent=True,
     )
     turn.do(*(StartRanks(generation, name, attempt.table, attempt.store, found) for name in attempt.nodes))
+    places = {name: place for place, name in enumerate(attempt.nodes)}
     turn.put(
         phase=Phase.STARTING,
         attempt=replace(attempt, started_at=turn.now),
-        running=dict.fromkeys(attempt.nodes, generation),
-        pages=progress.begin({name: at for at, name in enumerate(attempt.nodes)}, first, turn.now),
+        running=Running(generation, places),
+        pages=progress.begin(places, first, turn.now),
         restored=Ranks(),
         saves=Saves(generation, len(attempt.table)),
         cadence=cadence.begin(state.cadence),

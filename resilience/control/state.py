@@ -38,6 +38,11 @@ class Cluster:
     avoided: frozenset[Card] = frozenset()
     available: int = 0
 
+    @property
+    def unblemished(self) -> int:
+        """Cards on living nodes that are neither excluded nor avoided."""
+        return self.available - sum(card.node in self.nodes for card in self.avoided - self.excluded)
+
     def knows(self, name: str) -> bool:
         return name in self.nodes or name in self.lost
 
@@ -57,6 +62,29 @@ class Cluster:
         node = self.nodes.get(card.node)
         here = node is not None and 0 <= card.index < node.cards
         return replace(self, excluded=self.excluded | {card}, available=self.available - here)
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where processes of ``generation`` may be: on ``nodes`` (name → place) less those ``gone``. ``told_at``:
+    when they were told to end, ``None`` while they are not."""
+
+    generation: int = 0
+    nodes: dict[str, int] = field(default_factory=dict)
+    gone: Ranks = field(default_factory=Ranks)
+    told_at: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.gone.count < len(self.nodes)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.nodes and self.nodes[name] not in self.gone
+
+    def left(self) -> list[str]:
+        return [name for name, place in self.nodes.items() if place not in self.gone]
+
+    def without(self, name: str) -> Running:
+        return replace(self, gone=self.gone.add(self.nodes[name])) if name in self else self
 
 
 @dataclass(frozen=True)
@@ -155,8 +183,7 @@ class State:
         now: newest time any event carried, seconds on the supervisor's clock.
         generation: the newest generation won in the log; 0 before the first.
         table: the newest placement, in rank order.
-        running: node → newest generation that may have processes there.
-        stops: nodes told to end their processes and when; answered by ``RanksStopped``.
+        running: where processes of the newest generation that was started may be.
         orphans: commits sent for an earlier generation that were not answered before the next fence was asked
         for. candidates: what the last fence found in the log; ``unusable``: recorded there, but quarantined.
         kept: committed checkpoints that are not retired, newest first. damaged, unread: checkpoint and tier →
@@ -180,8 +207,7 @@ class State:
     trouble: Trouble | None = None
     stopping: Stopping | None = None
     table: tuple[Assignment, ...] = ()
-    running: dict[str, int] = field(default_factory=dict)
-    stops: dict[str, float] = field(default_factory=dict)
+    running: Running = field(default_factory=Running)
     pages: Pages = field(default_factory=Pages)
     restored: Ranks = field(default_factory=Ranks)
     restored_step: int = 0

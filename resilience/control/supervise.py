@@ -167,12 +167,10 @@ def _load_failed(turn: Turn, event: LoadFailed) -> None:
 def _stopped(turn: Turn, event: RanksStopped) -> None:
     state = turn.state
     # Only an answer to what we asked: a report from before these ranks were started says nothing about them.
-    if event.node not in state.stops or event.generation < state.running.get(event.node, 0):
+    running = state.running
+    if running.told_at is None or event.generation < running.generation or event.node not in running:
         return
-    turn.put(
-        running={name: generation for name, generation in state.running.items() if name != event.node},
-        stops={name: at for name, at in state.stops.items() if name != event.node},
-    )
+    turn.put(running=running.without(event.node))
     starting.start(turn)
 
 

@@ -199,6 +199,9 @@ class Incident:
         decision: what is done: ``restart``, ``replace card``, ``replace node``, ``restore older``, ``stop``.
         reason: why that decision.
         step_failed: the highest step any rank had begun.
+        step_began: the step the failed generation began at, where it failed while recovering from another
+        incident
+            (which already counts the steps before it); 0 else.
         step_restored: the step the next generation begins at; ``None`` until known.
         tier: where it was restored from; ``None`` until known or from scratch.
         at: phase name → when it ended; keys ``failed`` (last sign of life before it, or the event's own
@@ -218,6 +221,7 @@ class Incident:
     decision: str = ""
     reason: str = ""
     step_failed: int = 0
+    step_began: int = 0
     step_restored: int | None = None
     tier: str | None = None
     at: dict[str, float] = field(default_factory=dict)

@@ -26,15 +26,18 @@ def watch(turn: Turn) -> None:
     elif state.phase is Phase.STARTING and attempt is not None and attempt.started_at is not None:
         if turn.now - attempt.started_at > state.policy.start_deadline_s:
             fail(turn, _late(turn, attempt.started_at))
+        elif _halted(turn):
+            fail(turn, _hang(turn))
     elif state.phase is Phase.RUNNING and _still(turn):
         fail(turn, _hang(turn))
 
 
 def _unanswered(turn: Turn) -> None:
-    for name, asked_at in tuple(turn.state.stops.items()):
-        if turn.now - asked_at > ANSWER_S:
-            reason = f"it did not end its ranks within {ANSWER_S:g} s"
-            node_lost(turn, NodeLost(turn.now, name, reason, asked_at))
+    running = turn.state.running
+    if running and running.told_at is not None and turn.now - running.told_at > ANSWER_S:
+        reason = f"it did not end its ranks within {ANSWER_S:g} s"
+        for name in running.left():
+            node_lost(turn, NodeLost(turn.now, name, reason, running.told_at))
     drained(turn)
     attempt = turn.state.attempt
     if turn.state.phase is not Phase.FENCING or attempt is None or not attempt.won or attempt.store:
@@ -50,6 +53,13 @@ def _still(turn: Turn) -> bool:
     if state.trouble is not None or state.ending_at is not None:
         return False
     return progress.suspect(state.policy, state.pages, turn.now)
+
+
+def _halted(turn: Turn) -> bool:
+    # Starting has its own, long deadline; a stopped process will not start however long it gets.
+    state = turn.state
+    silent = turn.now - state.pages.moved_at > state.policy.hang_floor_s
+    return silent and state.trouble is None and bool(progress.stopped(state.pages))
 
 
 def _late(turn: Turn, since: float) -> Signal:
