@@ -234,7 +234,7 @@ class RankHost:
         with self._section("snapshot"):
             self._flush()  # what was logged up to a checkpoint is as safe as the checkpoint
             self._reach("snapshot.begin", done)
-            skeleton, arrays = self._flatten(capture())
+            arrays, skeleton = flatten(capture(), prefix="")
             layout = plan(specs_of(arrays, objects), rank=self.rank, world_size=self.world_size)
             arena = self._fitting_arena(layout)
             slot = self._acquire(arena, done)
@@ -265,14 +265,6 @@ class RankHost:
             }
         )
         self._reach("snapshot.sealed", done)
-
-    def _flatten(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        skeleton: dict[str, Any] = {}
-        arrays: dict[str, Any] = {}
-        for name, value in state.items():
-            some, skeleton[name] = flatten(value, prefix=name)
-            arrays.update(some)
-        return skeleton, arrays
 
     def _fitting_arena(self, layout: Plan) -> Arena:
         if self._arena is None or self._arena.slot_bytes < layout.size:
