@@ -83,9 +83,11 @@ def restore(
         InvalidError: saved by another number of ranks, and some state belongs to single ranks.
         UnavailableError: the storage is away.
     """
+    if not sources:
+        raise InvalidError("restore without sources", operation="restore", hint="give one per saved rank")
     with ThreadPoolExecutor(threads, thread_name_prefix="restore") as pool:
         parts = list(pool.map(load_part, sources))
-        check_together(parts, sources, run=run, step=step, generation=generation)
+        check_together(parts, run=run, step=step, generation=generation)
         own = _own(parts, rank, world_size)
         wanted = {array.name: array for array in own.arrays}
         arrays = {
@@ -106,7 +108,7 @@ def restore(
 
 
 def load_part(source: Source) -> Part:
-    """Read a part and check its SHA-256. ``CorruptError`` when it is missing or other than recorded."""
+    """Read a part. ``CorruptError`` when it is missing, other than recorded, or not of its rank and place."""
     try:
         data = source.storage.read(source.part)
     except FileNotFoundError as error:
@@ -114,20 +116,20 @@ def load_part(source: Source) -> Part:
     found = sha256(data)
     if found != source.sha256:
         raise _corrupt(source.part, f"has the SHA-256 {found}, recorded is {source.sha256}", 0, len(data))
-    return Part.decode(data, path=source.part)
+    part = Part.decode(data, path=source.part)
+    if (part.rank, part.name) != (source.rank, source.part):
+        raise _corrupt(source.part, f"says it is {part.name}, for rank {source.rank}", 0, len(data))
+    return part
 
 
 def check_together(
     parts: Sequence[Part],
-    sources: Sequence[Source],
     *,
     run: str | None = None,
     step: int | None = None,
     generation: int | None = None,
 ) -> None:
-    """``CorruptError`` unless the parts are those of one whole checkpoint."""
-    if not parts:
-        raise _corrupt("", "names no parts", None, None)
+    """``CorruptError`` unless the parts are those of one whole checkpoint, and of the one asked for."""
     first = parts[0]
     expected = {
         "run": first.run if run is None else run,
@@ -136,11 +138,11 @@ def check_together(
         "world_size": len(parts),
         "plan_hash": first.plan_hash,
     }
-    for source, part in zip(sources, parts, strict=True):
-        for name, value in {**expected, "rank": source.rank, "name": source.part}.items():
+    for part in parts:
+        for name, value in expected.items():
             if getattr(part, name) != value:
                 problem = f"has {name} {getattr(part, name)!r}, expected is {value!r}"
-                raise _corrupt(source.part, problem, 0, None)
+                raise _corrupt(part.name, problem, 0, None)
     ranks = sorted(part.rank for part in parts)
     if ranks != list(range(len(parts))):
         raise _corrupt(first.directory, f"has the parts of ranks {ranks}", None, None)
