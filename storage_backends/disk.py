@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from resilience.errors import InvalidError
+
 Semantics = Literal["object", "page_cache"]
 
 # Decide(what, n) returns a number in 0..n, both included; 0 is always the worst outcome (most is lost).
@@ -74,6 +76,13 @@ class Disk:
         self._pending: dict[str, list[_Change]] = {}  # per directory, in order
         self._remember = remember
         self._views: list[frozenset[str]] = []
+        self._serial = 0
+
+    def serial(self) -> int:
+        """A number of its own for each temporary file; from the disk, so that a run can be repeated."""
+        with self.lock:
+            self._serial += 1
+            return self._serial
 
     # --- what clients do, each one atomic step ------------------------------------------------------------
 
@@ -119,12 +128,13 @@ class Disk:
         with self.lock:
             if target in self._files:
                 return False
-            self._enter(target, self._files[source])
+            self._enter(target, self._temporary(source))
             return True
 
     def rename(self, source: str, target: str) -> None:
         with self.lock:
-            inode = self._files.pop(source)
+            inode = self._temporary(source)
+            del self._files[source]
             self._files[target] = inode
             self._pending.setdefault(_parent(target), []).append(_Change((target, inode), source))
             self._note()
@@ -196,6 +206,16 @@ class Disk:
             self._views = [frozenset(self._files)] if self._remember else []
 
     # --- inside -------------------------------------------------------------------------------------------
+
+    def _temporary(self, path: str) -> Inode:
+        if path not in self._files:
+            raise InvalidError(
+                f"the temporary file {path} is gone",
+                operation="publish",
+                path=path,
+                hint="somebody deletes where others write: delete only what nobody writes",
+            )
+        return self._files[path]
 
     def _enter(self, path: str, inode: Inode) -> None:
         self._files[path] = inode

@@ -20,7 +20,6 @@ Operations (for ``lose_reply``): create, commit, delete, delete_all.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +35,6 @@ from storage_backends.base import (
 )
 from storage_backends.disk import Disk, Inode, PowerLoss
 
-_serial = itertools.count()
 _DISKS: dict[str, Disk] = {}  # what memory:// URLs name: one store per netloc in this process
 _DISKS_LOCK = threading.Lock()
 
@@ -206,7 +204,7 @@ class MemoryStorage:
         while parent:
             parent = parent.rpartition("/")[0]
             self.disk.sync_directory(parent)
-        temporary = f"{directory}/.{base}.{next(_serial)}~".lstrip("/")
+        temporary = f"{directory}/.{base}.{self.disk.serial()}~".lstrip("/")
         self.step("open", name)
         return temporary, self.disk.open_new(temporary)
 

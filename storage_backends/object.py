@@ -95,10 +95,13 @@ class ObjectStorage:
             self.size(name)  # absent is absent, also for an empty range
             return b""
         fs = self._connect()
+        # s3fs asks for the size first, so as to read large objects in parallel: a request more for each
+        # record of the commit log, and large objects are read by range here.
+        single = {"max_concurrency": 1} if self._scheme in _S3 else {}
 
         def fetch() -> bytes:
             try:
-                return bytes(fs.cat_file(path, start=start or None, end=end))
+                return bytes(fs.cat_file(path, start=start or None, end=end, **single))
             except Exception as error:
                 if start and past_the_end(error):
                     return b""

@@ -65,6 +65,8 @@ def translate(error: OSError, *, operation: str, path: str) -> ResilienceError:
 def _hint(code: int | None) -> str:
     if code in (errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
         return "something that is not a directory stands where one is needed (or the reverse): move it away"
+    if code == errno.ENOENT:
+        return "somebody deletes in a directory that is being written to: delete only what nobody writes"
     if code == errno.ENAMETOOLONG:
         return "choose a shorter root or run name"
     return "this error is not known to pass by itself: check the storage root"

@@ -1,0 +1,150 @@
+"""A real S3 server, and the way to run a piece of Python in a process of its own."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+
+_serial = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Its endpoint: a free port of loopback, once per session."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def aws(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Endpoint and credentials, only through the environment, as users give them."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    return s3_server
+
+
+@pytest.fixture
+def bucket(aws: str) -> str:
+    import boto3
+
+    name = f"unit-{next(_serial)}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
+
+
+class Proxy:
+    """A real HTTP proxy before the S3 server that can lose replies and answer in the server's place.
+
+    ``plan`` maps a method to the actions of its next requests: ``"pass"``, ``"lose"`` (carried out, then the
+    connection is closed without an answer), or ``(status, code)`` (not carried out, answered so).
+    """
+
+    def __init__(self, target: str) -> None:
+        self.plan: dict[str, list[str | tuple[int, str]]] = {}
+        self.seen: list[str] = []
+        proxy, host = self, urlsplit(target).netloc
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_one(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                queue = proxy.plan.get(self.command, [])
+                action = queue.pop(0) if queue else "pass"
+                proxy.seen.append(f"{self.command} {action}")
+                if isinstance(action, tuple):
+                    status, code = action
+                    text = f"<Error><Code>{code}</Code><Message>planned</Message></Error>".encode()
+                    self.answer(status, {"Content-Type": "application/xml"}, text)
+                    return
+                connection = http.client.HTTPConnection(host, timeout=30)
+                connection.request(self.command, self.path, body, dict(self.headers))
+                reply = connection.getresponse()
+                text = reply.read()
+                connection.close()
+                if action == "lose":
+                    self.close_connection = True
+                    return
+                self.answer(reply.status, dict(reply.headers), text)
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_one  # noqa: N815
+
+            def answer(self, status: int, headers: dict[str, str], text: bytes) -> None:
+                self.send_response_only(status)
+                for name, value in headers.items():
+                    if name.lower() not in ("content-length", "connection", "transfer-encoding"):
+                        self.send_header(name, value)
+                length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(text))
+                self.send_header("Content-Length", length)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(text)
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                return
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def proxy(bucket: str, aws: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    made = Proxy(aws)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
+    yield made
+    made.stop()
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """``start(code, *arguments, prefix=())``: Python code in a process; killed, if need be, at the end."""
+    running: list[subprocess.Popen[str]] = []
+
+    def run(code: str, *arguments: object, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=30)

@@ -1,0 +1,264 @@
+"""The object backend where the suite cannot look: lost replies, refusals, dead endpoints, driver habits."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resilience.errors import ExhaustedError, InvalidError, UnavailableError
+from storage_backends import RetryPolicy, open_storage, probe
+from storage_backends.object import ObjectStorage
+from storage_backends.retry import RetryStorage
+
+PATIENT = RetryPolicy(sleep=lambda seconds: None)
+
+
+def uploads(bucket: str) -> list[Any]:
+    import boto3
+
+    return boto3.client("s3").list_multipart_uploads(Bucket=bucket).get("Uploads", [])
+
+
+def test_the_endpoint_comes_from_the_environment(bucket: str) -> None:
+    """Nothing but AWS_ENDPOINT_URL and the AWS credentials says where the bucket is."""
+    storage = open_storage(f"s3://{bucket}/run")
+    assert storage.create("FORMAT", b"1") is None
+    assert probe(storage).arbitrates
+
+
+def test_a_lost_reply_to_our_own_create_is_success(proxy: Any, bucket: str) -> None:
+    """The driver repeats the put, and then loses to itself."""
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    proxy.plan["PUT"] = ["lose"]
+    assert storage.create("log/1", b"mine") is None
+    assert proxy.seen.count("PUT lose") == 1 and proxy.seen.count("PUT pass") >= 1
+
+
+def test_a_create_whose_every_reply_is_lost_is_unknown_and_settles_on_repeat(proxy: Any, bucket: str) -> None:
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    proxy.plan["PUT"] = ["lose"] * 20
+    with pytest.raises(UnavailableError, match="create") as caught:
+        storage.create("log/1", b"mine")
+    assert caught.value.hint
+    proxy.plan.clear()
+    assert storage.read("log/1") == b"mine", "it had landed"
+    assert storage.create("log/1", b"mine") is None
+    assert storage.create("log/1", b"other") == b"mine"
+
+
+@pytest.mark.parametrize(
+    "status", [(409, "ConditionalRequestConflict"), (503, "SlowDown"), (500, "InternalError")]
+)
+def test_conflicts_and_busy_servers_are_retried(proxy: Any, bucket: str, status: tuple[int, str]) -> None:
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    proxy.plan["PUT"] = [status] * 50
+    with pytest.raises(UnavailableError):
+        storage.create("log/1", b"mine")
+    proxy.plan["PUT"] = [status] * 5
+    assert RetryStorage(storage, PATIENT).create("log/1", b"mine") is None
+
+
+def test_a_bare_412_means_taken(proxy: Any, bucket: str) -> None:
+    """Some clones answer without naming the condition that failed."""
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    storage.create("log/1", b"first")
+    proxy.plan["PUT"] = [(412, "PreconditionFailed")]
+    assert storage.create("log/1", b"second") == b"first"
+
+
+def test_a_store_that_ignores_the_condition_is_refused(proxy: Any, bucket: str, monkeypatch: Any) -> None:
+    """Some S3 clones accept If-None-Match and overwrite."""
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    fs = storage._connect()
+    real = fs.pipe_file
+    monkeypatch.setattr(fs, "pipe_file", lambda path, data, mode: real(path, data, mode="overwrite"))
+    with pytest.raises(InvalidError, match="ignores conditional writes"):
+        probe(storage)
+    assert storage.list() == []
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ((403, "AccessDenied"), InvalidError),
+        ((403, "InvalidAccessKeyId"), InvalidError),
+        ((400, "InvalidArgument"), InvalidError),
+        ((507, "XMinioStorageFull"), ExhaustedError),
+        ((503, "ServiceUnavailable"), UnavailableError),
+        ((429, "TooManyRequests"), UnavailableError),
+        ((400, "RequestTimeout"), UnavailableError),
+    ],
+)
+def test_what_the_service_says_becomes_our_words(
+    proxy: Any, bucket: str, status: tuple[int, str], expected: type[Exception]
+) -> None:
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    storage.create("a", b"1")
+    for method in ("GET", "PUT", "DELETE"):
+        proxy.plan[method] = [status] * 50
+    for call in (lambda: storage.read("a"), lambda: storage.create("b", b"1"), lambda: storage.delete("a")):
+        with pytest.raises(expected) as caught:
+            call()
+        assert getattr(caught.value, "hint", "") and bucket in str(caught.value)
+
+
+def test_a_missing_bucket_says_so(aws: str) -> None:
+    storage = ObjectStorage("s3://nobody-made-this/run")
+    sink = storage.sink("a")
+    sink.write(b"1")
+    for call in (lambda: storage.create("a", b"1"), lambda: storage.read("a"), storage.list, sink.commit):
+        with pytest.raises(InvalidError, match="bucket") as caught:
+            call()
+        assert "create the bucket" in str(caught.value)
+
+
+def test_missing_credentials_say_so(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with pytest.raises(InvalidError, match="credentials"):
+        ObjectStorage(f"s3://{bucket}/run").create("a", b"1")
+
+
+def test_a_dead_endpoint_is_told_in_bounded_time(aws: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # bound and not listening: refuses, and nobody else can take it
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{held.getsockname()[1]}")
+        storage = ObjectStorage("s3://bucket/run")
+        sink = storage.sink("a")
+        sink.write(b"1")
+        began = time.monotonic()
+        for call in (lambda: storage.create("a", b"1"), lambda: storage.read("a"), storage.list, sink.commit):
+            with pytest.raises(UnavailableError, match="bucket"):
+                call()
+        assert time.monotonic() - began < 30
+
+
+def test_a_cancelled_upload_leaves_no_parts(bucket: str) -> None:
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    sink = storage.sink("d/a")
+    sink.write(bytes(40 << 20))
+    assert len(uploads(bucket)) == 1
+    sink.cancel()
+    assert uploads(bucket) == []
+
+
+def test_delete_all_takes_the_parts_of_dead_writers_only_below_it(bucket: str) -> None:
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    sinks = [storage.sink(name) for name in ("c/step-1/a", "c/step-10/a")]
+    for sink in sinks:
+        sink.write(bytes(17 << 20))
+    storage.delete_all("c/step-1")
+    assert [upload["Key"] for upload in uploads(bucket)] == ["run/c/step-10/a"]
+    for sink in sinks:
+        sink.cancel()
+
+
+def test_a_failed_part_kills_the_sink(proxy: Any, bucket: str) -> None:
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    sink = storage.sink("a")
+    proxy.plan["PUT"] = [(503, "SlowDown")] * 100
+    sink.write(bytes(20 << 20))
+    with pytest.raises(UnavailableError):
+        sink.commit()
+    proxy.plan.clear()
+    with pytest.raises(InvalidError, match="dead"):
+        sink.commit()
+    assert storage.list() == [] and uploads(bucket) == []
+
+
+def test_many_parts_arrive_in_order(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from storage_backends import object_sink
+
+    monkeypatch.setattr(object_sink, "_PART", 5 << 20)
+    monkeypatch.setattr(object_sink, "_GROW", 3)  # 3 parts of 5 MiB, then 10 MiB, then 20
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    body = os.urandom(1 << 20)
+    with storage.sink("a") as sink:
+        for number in range(50):
+            sink.write(bytes([number]) + body[1:])
+    whole = storage.read("a")
+    assert len(whole) == 50 << 20
+    assert [whole[number << 20] for number in range(50)] == list(range(50))
+    assert whole[(33 << 20) + 1 : 34 << 20] == body[1:]
+
+
+def test_after_fork_a_handle_says_so(bucket: str) -> None:
+    """Using it would hang on an event loop whose thread does not exist in the child."""
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    storage.create("a", b"1")
+    child = os.fork()
+    if child == 0:
+        try:
+            storage.read("a")
+        except InvalidError as error:
+            os._exit(0 if "before fork" in str(error) else 1)
+        except BaseException:
+            os._exit(2)
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_handles_share_no_driver(bucket: str) -> None:
+    """fsspec caches instances, and their listings never expire."""
+    a, b = ObjectStorage(f"s3://{bucket}/run"), ObjectStorage(f"s3://{bucket}/run")
+    assert a._connect() is not b._connect()
+    assert a.list("log") == []
+    b.create("log/1", b"1")
+    assert a.list("log") == ["log/1"]
+
+
+# --- file systems that cannot arbitrate ---------------------------------------------------------------------
+
+
+def test_fsspec_local_has_two_winners_in_a_race_and_is_refused(tmp_path: Path) -> None:
+    """Why paths and file:// go to the posix backend, and why the probe does not ask only the store."""
+    storage = ObjectStorage(f"local://{tmp_path}")
+    storage._connect().auto_mkdir = True
+    assert storage.create("warm", b"1") is None
+    assert storage.create("warm", b"2") == b"1", "one after the other looks right"
+    disputed = 0
+    with ThreadPoolExecutor(8) as pool:
+        for slot in range(200):
+            ready = threading.Barrier(8)
+
+            def attempt(writer: int, slot: int = slot, ready: threading.Barrier = ready) -> bool:
+                ready.wait(10)
+                return storage.create(f"{slot}", b"writer %d" % writer) is None
+
+            disputed += sum(pool.map(attempt, range(8))) != 1
+            if disputed:
+                break
+    assert disputed, "if this passes 200 times, fsspec has learnt to create exclusively: trust it then"
+    with pytest.raises(InvalidError, match="looks first and writes then"):
+        probe(storage)
+    from storage_backends.posix import PosixStorage
+
+    for url in (f"local://{tmp_path}", f"file://{tmp_path}", str(tmp_path)):
+        assert isinstance(open_storage(url, retry=False), PosixStorage)
+
+
+def test_other_schemes_are_refused_by_the_probe_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(InvalidError, match="no atomic create") as caught:
+        probe(ObjectStorage("github://org:repo@main/"))
+    assert "S3, GCS or Azure" in str(caught.value)
+
+
+def test_a_spooled_sink_larger_than_memory_goes_through_a_file(tmp_path: Path) -> None:
+    """What gcsfs and adlfs get, shown over fsspec's local file system."""
+    storage = ObjectStorage(f"local://{tmp_path}")
+    storage._connect().auto_mkdir = True
+    body = os.urandom(1 << 20)
+    with storage.sink("d/a") as sink:
+        for _ in range(20):
+            sink.write(body)
+        assert storage.list("d") == []
+    assert storage.read("d/a") == body * 20
