@@ -32,23 +32,20 @@ def place(
     ``lost`` holds former nodes, so that a spare near the place that failed can be found. The answer depends
     on nothing but the arguments, nor on the order of the mappings.
     """
-    free = _healthy(nodes, excluded)
-    if sum(map(len, free.values())) < workers:
-        return None
-    if previous is None or len(previous) != workers:
-        return _table(_fresh(nodes, free, workers))
-    return _table(_repair(nodes, free, previous, lost or {}))
-
-
-def _healthy(nodes: Mapping[str, Node], excluded: Collection[Card]) -> dict[str, list[int]]:
     bad: dict[str, set[int]] = {}
     for card in excluded:
         bad.setdefault(card.node, set()).add(card.index)
-    free = {}
-    for name, node in nodes.items():
-        out = bad.get(name)
-        free[name] = [i for i in range(node.cards) if i not in out] if out else list(range(node.cards))
-    return free
+    if previous is not None and len(previous) == workers:
+        return _repair(nodes, bad, previous, lost or {})
+    free = {name: _healthy(node, bad.get(name)) for name, node in nodes.items()}
+    if sum(map(len, free.values())) < workers:
+        return None
+    return _table(_fresh(nodes, free, workers))
+
+
+def _healthy(node: Node, bad: Collection[int] | None) -> Sequence[int]:
+    """Indices of the usable cards of ``node``, in order."""
+    return [index for index in range(node.cards) if index not in bad] if bad else range(node.cards)
 
 
 # --- fresh
@@ -63,10 +60,10 @@ class _Domain:
     size: int = 0
     children: dict[str, _Domain] = field(default_factory=dict)
     node: str = ""
-    cards: list[int] = field(default_factory=list)
+    cards: Sequence[int] = ()
 
 
-def _fresh(nodes: Mapping[str, Node], free: Mapping[str, list[int]], workers: int) -> list[Card]:
+def _fresh(nodes: Mapping[str, Node], free: Mapping[str, Sequence[int]], workers: int) -> list[Card]:
     root = _Domain(())
     for name, cards in free.items():
         if not cards:
@@ -118,49 +115,57 @@ def _run(cards: Sequence[int], wanted: int) -> Sequence[int]:
 
 def _repair(
     nodes: Mapping[str, Node],
-    free: dict[str, list[int]],
+    bad: Mapping[str, Collection[int]],
     previous: Sequence[Assignment],
     lost: Mapping[str, Node],
-) -> list[Card]:
-    left = {name: set(cards) for name, cards in free.items()}
-    cards: list[Card | None] = []
+) -> tuple[Assignment, ...] | None:
     homeless: dict[str, list[int]] = {}
+    used = dict.fromkeys(nodes, 0)
     for assignment in previous:
         card = assignment.card
-        if card.index in left.get(card.node, ()):
-            left[card.node].remove(card.index)
-            cards.append(card)
+        if card.node in nodes and not (card.node in bad and card.index in bad[card.node]):
+            used[card.node] += 1
         else:
             homeless.setdefault(card.node, []).append(assignment.rank)
-            cards.append(None)
-    if homeless:
-        spare = {name: sorted(indices) for name, indices in left.items() if indices}
-        for old, ranks in homeless.items():
-            home = nodes.get(old) or lost.get(old) or Node(old, 0)
-            _rehouse(nodes, spare, home, ranks, cards)
-    return [card for card in cards if card is not None]
+    if not homeless:
+        return tuple(previous)
+    free = {
+        name: set(_healthy(node, bad.get(name)))
+        for name, node in nodes.items()
+        if node.cards - len(bad.get(name, ())) > used[name]
+    }
+    for assignment in previous:
+        if assignment.card.node in free:
+            free[assignment.card.node].discard(assignment.card.index)
+    spare: dict[str, Sequence[int]] = {name: sorted(indices) for name, indices in free.items() if indices}
+    if sum(map(len, spare.values())) < sum(map(len, homeless.values())):
+        return None
+    moved: dict[int, Card] = {}
+    for old, ranks in homeless.items():
+        home = nodes.get(old) or lost.get(old) or Node(old, 0)
+        moved.update(_rehouse(nodes, spare, home, ranks))
+    return _table([moved.get(a.rank, a.card) for a in previous], previous)
 
 
 def _rehouse(
-    nodes: Mapping[str, Node],
-    spare: dict[str, list[int]],
-    home: Node,
-    ranks: Sequence[int],
-    cards: list[Card | None],
-) -> None:
-    """Give ``ranks``, which ran on ``home``, the nearest spare cards; together on one node where one has
-    room."""
+    nodes: Mapping[str, Node], spare: dict[str, Sequence[int]], home: Node, ranks: Sequence[int]
+) -> dict[int, Card]:
+    """Cards for ``ranks``, which ran on ``home``: the nearest spare ones, on one node where one has room."""
+    found: dict[int, Card] = {}
     waiting = list(ranks)
     while waiting:
         wanted = len(waiting)
         best = min(spare, key=lambda name: _distance(home, nodes[name], len(spare[name]), wanted))
-        taken = list(_run(spare[best], min(len(waiting), len(spare[best]))))
+        taken = _run(spare[best], min(wanted, len(spare[best])))
         for rank, index in zip(waiting, taken, strict=False):
-            cards[rank] = Card(best, index)
+            found[rank] = Card(best, index)
         waiting = waiting[len(taken) :]
-        spare[best] = [index for index in spare[best] if index not in taken]
-        if not spare[best]:
+        left = [index for index in spare[best] if index not in taken]
+        if left:
+            spare[best] = left
+        else:
             del spare[best]
+    return found
 
 
 def _distance(home: Node, other: Node, room: int, wanted: int) -> tuple[int, bool, int, Key]:
@@ -182,12 +187,16 @@ def _near(home: Node, other: Node) -> int:
     return depth
 
 
-def _table(cards: Sequence[Card]) -> tuple[Assignment, ...]:
+def _table(cards: Sequence[Card], previous: Sequence[Assignment] = ()) -> tuple[Assignment, ...]:
+    """Ranks in the order of ``cards``; entries of ``previous`` that still hold are used again."""
     local: dict[str, int] = {}
     table = []
     for rank, card in enumerate(cards):
-        table.append(Assignment(rank, card, local.get(card.node, 0)))
-        local[card.node] = local.get(card.node, 0) + 1
+        index = local.get(card.node, 0)
+        local[card.node] = index + 1
+        same = previous[rank] if previous else None
+        keep = same is not None and same.card is card and same.local_rank == index
+        table.append(same if same is not None and keep else Assignment(rank, card, index))
     return tuple(table)
 
 

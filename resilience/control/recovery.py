@@ -24,30 +24,32 @@ LIVE = (Phase.STARTING, Phase.RUNNING, Phase.STOPPING)
 _SIGKILL = 9
 
 
-def node_lost(turn: Turn, event: NodeLost) -> None:
-    """A node is gone, with its cards and whatever ran there."""
+def node_lost(turn: Turn, *events: NodeLost) -> None:
+    """Nodes are gone, with their cards and whatever ran there."""
+    lost = [event for event in events if event.name in turn.state.cluster.nodes]
+    attempt = turn.state.attempt
+    for event in lost:
+        state = turn.state
+        turn.record("node.lost", {"reason": event.reason}, node=event.name)
+        turn.put(cluster=state.cluster.lose(event.name), running=state.running.without(event.name))
+    for event in lost:
+        state = turn.state
+        ranks = [assignment.rank for assignment in state.table if assignment.card.node == event.name]
+        # A node all of whose ranks have finished matters only while it holds bytes that are nowhere else yet.
+        if any(rank not in state.pages.finished for rank in ranks) or (ranks and not saved(turn)):
+            cause = f"node {event.name} was lost: {event.reason}"
+            failed_at = min(turn.now, event.last_seen)
+            fail(turn, Signal(turn.now, failed_at, blame.HARDWARE, "node", cause, None, event.name))
     state = turn.state
-    if event.name not in state.cluster.nodes:
+    if state.phase is not Phase.FENCING or not lost:
         return
-    turn.record("node.lost", {"reason": event.reason}, node=event.name)
-    ranks = [assignment.rank for assignment in state.table if assignment.card.node == event.name]
-    turn.put(
-        cluster=state.cluster.lose(event.name),
-        running=state.running.without(event.name),
-    )
-    attempt = state.attempt
-    # A node all of whose ranks have finished matters only while it holds bytes that are nowhere else yet.
-    if any(rank not in state.pages.finished for rank in ranks) or (ranks and not saved(turn)):
-        failed_at = min(event.at, max(event.last_seen, 0.0))
-        cause = f"node {event.name} was lost: {event.reason}"
-        fail(turn, Signal(turn.now, failed_at, blame.HARDWARE, "node", cause, None, event.name))
-    if turn.state.phase is Phase.FENCING:
-        _narrow(turn)
-        if attempt is not None and (event.name in attempt.nodes or event.name == attempt.store_node):
-            starting.spoil(turn)
-        else:
-            drained(turn)
-            starting.start(turn)
+    _narrow(turn)
+    gone = {event.name for event in lost}
+    if attempt is state.attempt and attempt is not None and gone & {*attempt.nodes, attempt.store_node}:
+        starting.spoil(turn)
+    else:
+        drained(turn)
+        starting.start(turn)
 
 
 def card_faulted(turn: Turn, event: CardFaulted) -> None:

@@ -64,10 +64,11 @@ def choose(
             return Choice(candidate, tuple(skipped))
     if again is not None:
         return Choice(again, tuple(each for each in skipped if each[0] != again))
-    if not candidates and not unusable:
+    if not candidates and not unusable and not damaged:
         return Choice(None)
-    if not gone or unusable:
-        bad = [f"{each.ref} ({each.tier})" for each in (*candidates, *unusable)]
+    if not gone or unusable or damaged:
+        places = [*damaged, *((each.ref, each.tier) for each in (*candidates, *unusable))]
+        bad = [f"{ref} ({tier})" for ref, tier in dict.fromkeys(places)]
         return Choice(
             None,
             tuple(skipped),

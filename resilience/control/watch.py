@@ -36,8 +36,7 @@ def _unanswered(turn: Turn) -> None:
     running = turn.state.running
     if running and running.told_at is not None and turn.now - running.told_at > ANSWER_S:
         reason = f"it did not end its ranks within {ANSWER_S:g} s"
-        for name in running.left():
-            node_lost(turn, NodeLost(turn.now, name, reason, running.told_at))
+        node_lost(turn, *(NodeLost(turn.now, name, reason, running.told_at) for name in running.left()))
     drained(turn)
     attempt = turn.state.attempt
     if turn.state.phase is not Phase.FENCING or attempt is None or not attempt.won or attempt.store:

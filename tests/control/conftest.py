@@ -22,6 +22,7 @@ from resilience.control.types import (
     Card,
     CheckpointRef,
     Exit,
+    Incident,
     Node,
     Outcome,
     Phase,
@@ -144,6 +145,14 @@ class World:
         self.send(e.RankExited(self.now, self.running, rank, exit))
         return self
 
+    def lose_peers(self, rank: int) -> World:
+        """What a rank does whose peer has vanished."""
+        return self.kill(rank, PEER_LOST)
+
+    def raise_in(self, rank: int, error: str = "ValueError: bad batch") -> World:
+        """The training function fails on ``rank``."""
+        return self.kill(rank, Exit(code=1, error=error, traceback=f"Traceback ...\n{error}"))
+
     def lose(self, node: str, reason: str = "ray says dead") -> World:
         self.nodes.pop(node, None)
         self.stopped.pop(node, None)
@@ -172,6 +181,18 @@ class World:
     @property
     def outcome(self) -> Outcome | None:
         return self.state.outcome
+
+    @property
+    def incident(self) -> Incident:
+        """The newest incident that is not over."""
+        return self.state.open[-1]
+
+    @property
+    def recovered(self) -> list[dict[str, Any]]:
+        return [record.data for record in self.records("incident.recovered")]
+
+    def card_of(self, rank: int) -> Card:
+        return self.state.table[rank].card
 
     def mark(self) -> World:
         """Forget the log so far."""
