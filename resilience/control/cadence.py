@@ -63,7 +63,8 @@ def due(policy: Policy, cadence: Cadence, pages: Pages, now: float) -> bool:
         return now - cadence.posted_at > _GIVE_UP_S + interval
     if not cadence.since:
         return pages.top >= pages.first + FIRST_STEPS
-    return now - cadence.since >= interval
+    # What is asked for now is made a margin of steps later.
+    return now - cadence.since >= interval - margin(pages, cadence.widen) * pages.step_s
 
 
 def post(cadence: Cadence, step: int, now: float) -> Cadence:

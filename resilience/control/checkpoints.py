@@ -145,7 +145,7 @@ def _failed(turn: Turn, step: int, tier: str, error: str, rank: int | None) -> N
         }
         turn.record("checkpoint.failed", data, rank=rank, step=step, urgent=True)
     stop = state.stopping
-    if stop is not None and stop.step == step and tier == retention.SHARED:
+    if stop is not None and stop.step == step and tier != retention.NVME:
         note(turn, f"its last checkpoint failed: {error}")
     _go_on(turn)
 

@@ -132,12 +132,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class RankExited:
-    """A rank's process ended. A rank that returned normally sends ``RankFinished`` first."""
+    """A rank's process ended. A rank that returned normally sends ``RankFinished`` first. ``step``: what its progress
+    page said last, so that the account of lost steps does not depend on when pages were read."""
 
     at: float
     generation: int
     rank: int
     exit: Exit
+    step: int | None = None
 
 
 @dataclass(frozen=True)

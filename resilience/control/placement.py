@@ -85,20 +85,16 @@ def _take(domain: _Domain, wanted: int) -> list[Card]:
     if domain.node:
         return [Card(domain.node, index) for index in _run(domain.cards, wanted)]
     children = sorted(domain.children.values(), key=lambda child: child.key)
+    takes = [0] * len(children)
     # Largest first uses the fewest children; the rest goes into the smallest that holds it.
-    by_size = sorted(children, key=lambda child: -child.size)
-    takes: dict[int, int] = {}
-    for child in by_size:
-        if wanted == 0:
+    for at in sorted(range(len(children)), key=lambda at: -children[at].size):
+        if children[at].size >= wanted:
+            fits = (i for i, child in enumerate(children) if child.size >= wanted and not takes[i])
+            takes[min(fits, key=lambda i: children[i].size)] = wanted
             break
-        if child.size >= wanted:
-            best = min((c for c in children if c.size >= wanted and id(c) not in takes), key=lambda c: c.size)
-            takes[id(best)] = wanted
-            wanted = 0
-        else:
-            takes[id(child)] = child.size
-            wanted -= child.size
-    return [card for child in children if id(child) in takes for card in _take(child, takes[id(child)])]
+        takes[at] = children[at].size
+        wanted -= children[at].size
+    return [card for child, take in zip(children, takes, strict=True) if take for card in _take(child, take)]
 
 
 def _run(cards: Sequence[int], wanted: int) -> Sequence[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from resilience.control import blame, budget, starting
+from resilience.control import blame, budget, progress, starting
 from resilience.control.blame import Signal
 from resilience.control.commands import Quarantine
 from resilience.control.ending import complete, end_ranks, finish, saved
@@ -87,6 +87,8 @@ def rank_exited(turn: Turn, event: RankExited) -> None:
         return
     if state.trouble is not None and event.rank in state.trouble.exited:
         return
+    if event.step is not None and state.phase in LIVE:
+        turn.put(pages=progress.reach(state.pages, event.step, event.at))
     turn.record(
         "rank.exited",
         {
@@ -98,7 +100,7 @@ def rank_exited(turn: Turn, event: RankExited) -> None:
         rank=event.rank,
         node=card.node,
         card=str(card),
-        step=state.pages.top,
+        step=event.step if event.step is not None else state.pages.top,
     )
     fail(turn, blame.exited(turn.now, event.rank, event.exit, node=card.node, card=str(card)))
 

@@ -123,7 +123,7 @@ class World:
         end = self.now + limit
         while not condition():
             assert self.now < end, f"not reached in {limit} s: phase {self.state.phase}, {self.log[-12:]}"
-            self.run_for(self.tick_s)
+            self.run_for(max(0.0, self._queue[0][0] - self.now))
         return self
 
     def run_to(self, phase: Phase, limit: float = 2000.0) -> World:
@@ -142,7 +142,7 @@ class World:
 
     def kill(self, rank: int, exit: Exit = SIGKILLED) -> World:
         self.ranks[rank].alive = False
-        self.send(e.RankExited(self.now, self.running, rank, exit))
+        self.send(e.RankExited(self.now, self.running, rank, exit, self.ranks[rank].step))
         return self
 
     def lose_peers(self, rank: int) -> World:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilience.control.persistent import Ranks, Vec
 
 
+@settings(max_examples=40, deadline=None)
 @given(size=st.integers(1, 3000), sets=st.lists(st.tuples(st.integers(0, 2999), st.integers()), max_size=40))
 def test_vec_is_a_list_whose_older_versions_stay(size, sets):
     vec, plain, history = Vec.filled(size, 0), [0] * size, []
@@ -32,6 +33,7 @@ def test_vec_compares_by_value_and_knows_its_bounds():
             Vec.filled(40, 1).set(wrong, 0)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 200)))
 def test_ranks_is_a_set(ranks):
     some = Ranks()

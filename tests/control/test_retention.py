@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilience.control.retention import NVME, SHARED, Kept, add, remove, retire
@@ -51,6 +51,7 @@ tiers = st.sampled_from([LOCAL, BOTH, frozenset({SHARED})])
 entries = st.dictionaries(st.tuples(st.integers(1, 99), st.integers(1, 4)), tiers, min_size=1, max_size=20)
 
 
+@settings(max_examples=60, deadline=None)
 @given(entries, st.integers(0, 5), st.one_of(st.none(), st.integers(1, 7)))
 def test_never_the_newest_nor_the_newest_shared(entries, keep_last, keep_every):
     have = tuple(Kept(CheckpointRef(*at), tier) for at, tier in entries.items())

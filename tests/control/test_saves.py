@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilience.control import saves as s
@@ -104,6 +104,7 @@ reports = st.lists(
 )
 
 
+@settings(max_examples=60, deadline=None)
 @given(reports)
 def test_any_order_commits_at_most_once_and_only_whole(reports):
     saves, seen, done = s.Saves(1, WORLD), {}, set()
