@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
 
-from resilience.control.types import Outcome, Policy, Result as End
+from resilience.control.types import Outcome, Policy
+from resilience.control.types import Result as End
 from resilience.errors import ExhaustedError, FencedError, InvalidError, TrainingError, UnavailableError
 from resilience.run import Interrupted, LocalHost, Run
 

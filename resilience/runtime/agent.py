@@ -112,7 +112,7 @@ class NodeAgent:
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
                 welcome = time.monotonic() - last_reply < LEASE_S
                 self._closed.wait(HEARTBEAT_S)
-            if not welcome:
+            if not welcome or any(seen["t"] == "broken" for seen in batch):
                 self._processes.close()
                 os._exit(0)  # told that we are lost, or nobody there for a lease: free the cards
 

@@ -93,7 +93,7 @@ def _supervisor(spec: dict[str, Any]) -> tuple[Any, bool]:
     options = supervisor_options(spec["run"])
     place = _quiet_node(spec["card"])
     if place is not None:
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place, soft=True)
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place, soft=False)
     supervisor = ray.remote(Supervisor).options(**options).remote(spec)
     ray.get(supervisor.start.remote())
     return supervisor, False

@@ -15,12 +15,14 @@ import signal
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from resilience.runtime.output import Outputs
 from resilience.runtime.page import Page
+from resilience.runtime.saves import Saves
 from resilience.runtime.system import process_state, python_command
 from resilience.runtime.wire import Channel, Closed
 
@@ -65,15 +67,9 @@ class NodeProcesses:
         self._selector = selectors.DefaultSelector()
         self._zygote: tuple[subprocess.Popen[bytes], Channel] | None = None
         self._zygote_ready = False
-        self._writer: tuple[subprocess.Popen[bytes], Channel] | None = None
         self._processes: dict[str, _Process] = {}
-        self._arenas: dict[tuple[int, int, int], int] = {}  # generation, rank, id -> descriptor
-        self._unsaved: dict[
-            tuple[int, int, int, int], dict[str, Any]
-        ] = {}  # sealed slots the writer still has to do
         self._stopping: list[tuple[int, str]] = []
-        self._failpoints: list[dict[str, Any]] = []
-        self._saves_failing = False
+        self._saves = Saves(config, self._spawn, emit, self._set_failing)
         self._last_progress = 0.0
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="node", daemon=True)
@@ -95,8 +91,9 @@ class NodeProcesses:
     def pids(self) -> list[int]:
         """Every process of this node (for tests, and for killing a node on purpose)."""
         found = [p.pid for p in list(self._processes.values()) if p.pid is not None]
-        found += [entry[0].pid for entry in (self._zygote, self._writer) if entry is not None]
-        return found
+        if self._zygote is not None:
+            found.append(self._zygote[0].pid)
+        return found + self._saves.pids()
 
     # The loop.
 
@@ -104,15 +101,20 @@ class NodeProcesses:
         self._selector.register(self._wake, selectors.EVENT_READ, ("wake", None))
         # Children get PDEATHSIG from this thread, which lives as long as the agent does.
         self._spawn_zygote()
-        self._spawn_writer()
+        self._saves.start()
         try:
-            while not self._closing:
-                for key, _ in self._selector.select(timeout=0.25):
-                    kind, subject = key.data
-                    getattr(self, f"_on_{kind}")(subject)
-                self._report_progress()
+            self._serve()
+        except Exception:  # noqa: BLE001 - a bug of ours: this node must fail loudly, not fall silent
+            self._emit({"t": "broken", "traceback": traceback.format_exc()})
         finally:
             self._end_everything()
+
+    def _serve(self) -> None:
+        while not self._closing:
+            for key, _ in self._selector.select(timeout=0.25):
+                kind, subject = key.data
+                getattr(self, f"_on_{kind}")(subject)
+            self._report_progress()
 
     def _on_wake(self, _subject: None) -> None:
         os.eventfd_read(self._wake)
@@ -148,15 +150,11 @@ class NodeProcesses:
         self._zygote = self._spawn("resilience.runtime.zygote", "zygote")
         self._zygote[1].send({"t": "load", "entry": self._config["entry"], "env": self._config["env"]})
 
-    def _spawn_writer(self) -> None:
-        self._writer = self._spawn("resilience.runtime.writer", "writer")
-        channel = self._writer[1]
-        channel.send({"t": "open", "nvme": self._config["nvme"], "shared": self._config["shared"]})
-        channel.send({"t": "arm", "failpoints": self._failpoints})
-        for key, fd in self._arenas.items():
-            channel.send({"t": "arena", "key": list(key)}, [fd])
-        for message in self._unsaved.values():
-            channel.send(message)
+    def _on_writer(self, channel: Channel) -> None:
+        if not self._saves.hear():
+            self._selector.unregister(channel)
+            channel.close()
+            self._saves.revive()
 
     # The zygote and its children.
 
@@ -212,7 +210,7 @@ class NodeProcesses:
         output = None
         if rank is not None:
             process.page = Page.create()
-            process.page.saves_failing = self._saves_failing
+            process.page.saves_failing = self._saves.failing
             process.output = self._outputs.rank(generation, rank)
             output = open(process.output, "ab")  # noqa: SIM115 - its descriptor travels to the child
             fds = [process.page.fd, theirs.fileno(), output.fileno()]
@@ -245,12 +243,10 @@ class NodeProcesses:
     def _hear(self, process: _Process, message: dict[str, Any], fds: list[int]) -> None:
         kind = message["t"]
         if kind == "arena":
-            key = (process.generation, int(process.rank or 0), message["arena"])
-            self._arenas[key] = fds[0]
-            self._tell_writer({"t": "arena", "key": list(key)}, fds)
+            self._saves.arena((process.generation, int(process.rank or 0), message["arena"]), fds[0])
             return
         if kind == "sealed":
-            self._sealed(process, message)
+            self._saves.sealed((process.generation, int(process.rank or 0), message["arena"]), message)
             message = {k: v for k, v in message.items() if k != "part"}
         elif kind in ("finished", "failed", "restore_failed"):
             process.told = message
@@ -259,20 +255,6 @@ class NodeProcesses:
         self._emit({**message, "generation": process.generation, "rank": process.rank})
         if kind == "stepped":
             self._last_progress = 0.0  # the first step ends a recovery: say so at once
-
-    def _sealed(self, process: _Process, message: dict[str, Any]) -> None:
-        key = (process.generation, int(process.rank or 0), message["arena"])
-        order = {
-            "t": "persist",
-            "key": list(key),
-            "rank": process.rank,
-            "generation": process.generation,
-            "step": message["step"],
-            "slot": message["slot"],
-            "part": message["part"],
-        }
-        self._unsaved[(*key, message["slot"])] = order
-        self._tell_writer(order)
 
     def _on_pidfd(self, process: _Process) -> None:
         """The process is gone; how it ended comes from the zygote, which is its parent."""
@@ -286,6 +268,15 @@ class NodeProcesses:
             return
         self._on_pidfd(process)
         self._drain(process)
+        if process.page is not None and process.rank is not None:
+            # How far it came is known exactly only now; a second-old report would understate what is lost.
+            self._emit(
+                {
+                    "t": "progress",
+                    "generation": process.generation,
+                    "ranks": {process.rank: _progress_of(process.page, "X")},
+                }
+            )
         if process.pid is not None:
             with contextlib.suppress(ProcessLookupError):  # children of the user's code, if any are left
                 os.killpg(process.pid, signal.SIGKILL)
@@ -305,7 +296,7 @@ class NodeProcesses:
                     "condemned": process.condemned,
                 }
             )
-            self._forget_arenas(process)
+            self._saves.orphan(process.generation, process.rank)
         self._report_stopped()
 
     def _drain(self, process: _Process) -> None:
@@ -320,13 +311,6 @@ class NodeProcesses:
             if process.rank is not None:
                 self._hear(process, message, fds)
         process.channel.close()
-
-    def _forget_arenas(self, process: _Process) -> None:
-        """Drop a dead rank's arenas once none of their slots waits for the writer."""
-        for key in [k for k in self._arenas if k[0] <= process.generation and k[1] == process.rank]:
-            if not any(pending[:3] == key for pending in self._unsaved):
-                os.close(self._arenas.pop(key))
-                self._tell_writer({"t": "forget", "key": list(key)})
 
     # Ending them.
 
@@ -355,11 +339,11 @@ class NodeProcesses:
     def _end_everything(self) -> None:
         for process in self._processes.values():
             self._kill(process)
-        for entry in (self._zygote, self._writer):
-            if entry is not None:
-                entry[0].kill()
-                entry[0].wait()
-                entry[1].close()
+        if self._zygote is not None:
+            self._zygote[0].kill()
+            self._zygote[0].wait()
+            self._zygote[1].close()
+        self._saves.close()
         for process in self._processes.values():
             if process.pidfd is not None:
                 # The zygote is gone, so the kernel reaps its children: wait for the descriptor to say so.
@@ -368,10 +352,7 @@ class NodeProcesses:
             process.channel.close()
             if process.page is not None:
                 process.page.close()
-        for fd in self._arenas.values():
-            os.close(fd)
         self._processes.clear()
-        self._arenas.clear()
         self._selector.close()
 
     # Orders to ranks, through their pages.
@@ -382,13 +363,12 @@ class NodeProcesses:
                 setattr(process.page, message["word"], message["step"])
 
     def _order_arm(self, message: dict[str, Any]) -> None:
-        self._failpoints = message["failpoints"]
-        self._tell_writer({"t": "arm", "failpoints": self._failpoints})
+        self._saves.arm(message["failpoints"])
 
     def _order_injected(self, message: dict[str, Any]) -> None:
         """A fault was carried out: the process that waits at its failpoint may go on."""
         if message["source"] == "writer":
-            self._tell_writer({"t": "injected"})
+            self._saves.tell({"t": "injected"})
         for process in self._processes.values():
             if process.key == message["source"]:
                 with contextlib.suppress(Closed):
@@ -401,44 +381,9 @@ class NodeProcesses:
                 signal.pidfd_send_signal(process.pidfd, message["signal"])
 
     def _order_delete(self, message: dict[str, Any]) -> None:
-        self._tell_writer(message)
-
-    # The writer.
-
-    def _tell_writer(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
-        if self._writer is not None:
-            with contextlib.suppress(
-                Closed
-            ):  # its end is seen on its channel; it is started again with all it needs
-                self._writer[1].send(message, fds or ())
-
-    def _on_writer(self, channel: Channel) -> None:
-        try:
-            message, _ = channel.receive()
-        except Closed:
-            self._selector.unregister(channel)
-            channel.close()
-            if self._writer is not None:
-                self._writer[0].wait()
-            if not self._closing:
-                self._emit(
-                    {"t": "warning", "message": "the writer died; it is started again with the sealed slots"}
-                )
-                self._spawn_writer()
-            return
-        if message["t"] == "slot_free":
-            key = tuple(message["key"])
-            self._unsaved.pop((*key, message["slot"]), None)
-            self._set_failing(not message["saved"])
-            alive = any(p.rank == key[1] and p.generation == key[0] for p in self._processes.values())
-            if not alive and not any(pending[:3] == key for pending in self._unsaved) and key in self._arenas:
-                os.close(self._arenas.pop(key))
-                self._tell_writer({"t": "forget", "key": list(key)})
-            return
-        self._emit({**message, "source": "writer"} if message["t"] == "inject" else message)
+        self._saves.tell(message)
 
     def _set_failing(self, failing: bool) -> None:
-        self._saves_failing = failing
         for process in self._processes.values():
             if process.page is not None:
                 process.page.saves_failing = failing
@@ -454,16 +399,20 @@ class NodeProcesses:
         for process in self._processes.values():
             if process.rank is None or process.page is None or process.pid is None:
                 continue
-            page = process.page
-            by_generation.setdefault(process.generation, {})[process.rank] = {
-                "step": page.step,
-                "section": page.section,
-                "age_s": page.age_s,
-                "state": process_state(process.pid),
-                "stalled_s": page.stalled_s,
-            }
+            ranks = by_generation.setdefault(process.generation, {})
+            ranks[process.rank] = _progress_of(process.page, process_state(process.pid))
         for generation, ranks in by_generation.items():
             self._emit({"t": "progress", "generation": generation, "ranks": ranks})
+
+
+def _progress_of(page: Page, state: str) -> dict[str, Any]:
+    return {
+        "step": page.step,
+        "section": page.section,
+        "age_s": page.age_s,
+        "state": state,
+        "stalled_s": page.stalled_s,
+    }
 
 
 def selectors_wait(fd: int, timeout: float) -> bool:

@@ -7,10 +7,13 @@ not, and the supervisor writes the record. Training never waits for it except fo
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import sys
 import threading
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +67,7 @@ class Writer:
         """Read orders for ever; two threads carry them out: one per tier, so that a slow shared store does not
         hold up the slots."""
         for loop in (self._persist_loop, self._drain_loop):
-            threading.Thread(target=loop, daemon=True).start()
+            threading.Thread(target=_or_die, args=(loop,), daemon=True).start()
         while True:
             message, fds = self._channel.receive()
             kind = message["t"]
@@ -115,14 +118,20 @@ class Writer:
     def _persist_loop(self) -> None:
         while True:
             job = self._persist.get()
-            arena = self._arenas.get(job.arena) if job.arena else None
-            if arena is None or job.part is None:
-                continue
-            part = Part.from_json(job.part)
+            arena = self._arenas[job.arena or (0, 0, 0)]  # its agent keeps it as long as a slot of it waits
+            part = Part.from_json(job.part or {})
             saved = self._save(job, arena, part)
             # Free the slot only after the bytes are safe, or after it is certain that they will not be.
             (arena.persisted if saved else arena.release)(job.slot)
-            self._send({"t": "slot_free", "key": list(job.arena or ()), "slot": job.slot, "saved": saved})
+            self._send(
+                {
+                    "t": "slot_free",
+                    "key": list(job.arena or ()),
+                    "slot": job.slot,
+                    "step": job.step,
+                    "saved": saved,
+                }
+            )
 
     def _save(self, job: _Job, arena: Arena, part: Part) -> bool:
         assert self._shared is not None
@@ -213,6 +222,15 @@ class Writer:
             retention.delete(self._nvme, ref)
         except ResilienceError as error:
             self._send({"t": "warning", "message": f"could not delete {ref} from nvme: {error}"})
+
+
+def _or_die(loop: Callable[[], None]) -> None:
+    """Run a thread of ours; its unforeseen end is the end of the writer, which is then started again."""
+    try:
+        loop()
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        os._exit(70)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""A node's side of saving: the arenas it holds for its ranks, the sealed slots, and the writer that persists them.
+
+Keeps the promise that a sealed snapshot outlives its rank and the writer: an arena is held until none of its
+slots waits, and a writer that dies is started again with all that still does. Lives in the node's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+from resilience.runtime.wire import Channel, Closed
+
+ArenaKey = tuple[int, int, int]  # generation, rank, the rank's count of arenas
+_MAX_DEATHS = 3
+
+
+class Saves:
+    """Arenas and writer of one node.
+
+    Args:
+        config: the node's (``nvme``, ``shared``).
+        spawn: starts a process of ours by module and kind; returns it and the channel to it.
+        emit: called with what the writer reports.
+        failing: called with whether the newest save failed.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        spawn: Callable[[str, str], tuple[subprocess.Popen[bytes], Channel]],
+        emit: Callable[[dict[str, Any]], None],
+        failing: Callable[[bool], None],
+    ) -> None:
+        self._config = config
+        self._spawn = spawn
+        self._emit = emit
+        self._set_failing = failing
+        self.failing = False
+        self._writer: tuple[subprocess.Popen[bytes], Channel] | None = None
+        self._deaths = 0  # of writers since one last got anything done
+        self._arenas: dict[ArenaKey, int] = {}  # descriptors
+        self._orphans: set[ArenaKey] = set()  # their rank is gone
+        # Sealed slots the writer still has to do, by arena, slot and step: a slot may be sealed anew before the
+        # writer's word that it was free has reached us.
+        self._waiting: dict[tuple[ArenaKey, int, int], dict[str, Any]] = {}
+        self._failpoints: list[dict[str, Any]] = []
+
+    def start(self) -> None:
+        """Start a writer with everything that waits for one."""
+        self._writer = self._spawn("resilience.runtime.writer", "writer")
+        self.tell({"t": "open", "nvme": self._config["nvme"], "shared": self._config["shared"]})
+        self.tell({"t": "arm", "failpoints": self._failpoints})
+        for key, fd in self._arenas.items():
+            self.tell({"t": "arena", "key": list(key)}, [fd])
+        for order in self._waiting.values():
+            self.tell(order)
+
+    def pids(self) -> list[int]:
+        return [self._writer[0].pid] if self._writer is not None else []
+
+    def tell(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
+        """Send to the writer. One that is gone is seen by ``hear``, and its successor is told all it needs."""
+        if self._writer is not None:
+            with contextlib.suppress(Closed):
+                self._writer[1].send(message, fds or ())
+
+    def arm(self, failpoints: list[dict[str, Any]]) -> None:
+        self._failpoints = failpoints
+        self.tell({"t": "arm", "failpoints": failpoints})
+
+    def arena(self, key: ArenaKey, fd: int) -> None:
+        """A rank made an arena: hold it, and hand it on."""
+        self._arenas[key] = fd
+        self.tell({"t": "arena", "key": list(key)}, [fd])
+
+    def sealed(self, key: ArenaKey, seal: dict[str, Any]) -> None:
+        """A rank sealed a slot: have it persisted."""
+        order = {
+            "t": "persist",
+            "key": list(key),
+            "generation": key[0],
+            "rank": key[1],
+            "step": seal["step"],
+            "slot": seal["slot"],
+            "part": seal["part"],
+        }
+        self._waiting[key, seal["slot"], seal["step"]] = order
+        self.tell(order)
+
+    def orphan(self, generation: int, rank: int) -> None:
+        """A rank is gone: its arenas are, too, as soon as none of their slots waits."""
+        self._orphans |= {key for key in self._arenas if key[0] <= generation and key[1] == rank}
+        self._forget()
+
+    def _forget(self) -> None:
+        waiting = {key for key, _slot, _step in self._waiting}
+        for key in self._orphans - waiting:
+            self._orphans.discard(key)
+            os.close(self._arenas.pop(key))
+            self.tell({"t": "forget", "key": list(key)})
+
+    def hear(self) -> bool:
+        """The writer said something. False: it is gone; its channel is to be closed and ``revive`` called."""
+        assert self._writer is not None
+        try:
+            message, _ = self._writer[1].receive()
+        except Closed:
+            return False
+        if message["t"] == "slot_free":
+            self._deaths = 0
+            self._waiting.pop((tuple(message["key"]), message["slot"], message["step"]), None)
+            self.failing = not message["saved"]
+            self._set_failing(self.failing)
+            self._forget()
+        elif message["t"] == "inject":
+            self._emit({**message, "source": "writer"})
+        else:
+            self._emit(message)
+        return True
+
+    def revive(self) -> None:
+        """Start another writer; what several of them died of is given up, so that this ends."""
+        assert self._writer is not None
+        self._writer[0].wait()
+        self._writer = None
+        self._deaths += 1
+        self._emit({"t": "warning", "message": "the writer died; another goes on with the sealed slots"})
+        if self._deaths >= _MAX_DEATHS:
+            error = f"the writer died {self._deaths} times over it (see its log)"
+            for order in self._waiting.values():
+                failed = {key: order[key] for key in ("rank", "generation", "step")}
+                self._emit({**failed, "t": "save_failed", "tier": "memory", "error": error})
+            self._waiting.clear()
+            self._deaths = 0
+            self._forget()
+        self.start()
+
+    def close(self) -> None:
+        """End the writer and let go of all memory."""
+        if self._writer is not None:
+            self._writer[0].kill()
+            self._writer[0].wait()
+            self._writer[1].close()
+            self._writer = None
+        for fd in self._arenas.values():
+            os.close(fd)
+        self._arenas.clear()
