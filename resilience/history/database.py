@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from importlib import resources
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,9 @@ def build(readers: Iterable[RunReader], *, read_at: str) -> duckdb.DuckDBPyConne
     return database
 
 
-def query(database: duckdb.DuckDBPyConnection, text: str, parameters: list[Any] | None = None) -> list[dict[str, Any]]:
+def query(
+    database: duckdb.DuckDBPyConnection, text: str, parameters: list[Any] | None = None
+) -> list[dict[str, Any]]:
     """Rows of a statement as dicts; JSON columns decoded, TIMESTAMPs as ISO text in UTC.
 
     ``InvalidError`` with DuckDB's own message when the statement is wrong.
@@ -79,7 +82,9 @@ def query(database: duckdb.DuckDBPyConnection, text: str, parameters: list[Any] 
             operation="history",
             hint="views: " + ", ".join(views(database)) + " (columns: docs/history.md, or DESCRIBE <view>)",
         ) from error
-    return [{name: _plain(value, kind) for (name, kind), value in zip(columns, row, strict=True)} for row in rows]
+    return [
+        {name: _plain(value, kind) for (name, kind), value in zip(columns, row, strict=True)} for row in rows
+    ]
 
 
 def views(database: duckdb.DuckDBPyConnection) -> list[str]:
@@ -121,10 +126,13 @@ def _load(database: duckdb.DuckDBPyConnection, reader: RunReader) -> None:
         ],
     )
     database.execute(
-        "INSERT INTO found VALUES (?, ?, try_cast(? AS TIMESTAMP))", [reader.run, reader.url, reader.created or None]
+        "INSERT INTO found VALUES (?, ?, try_cast(? AS TIMESTAMP))",
+        [reader.run, reader.url, reader.created or None],
     )
     for path, message in reader.warnings:
-        database.execute("INSERT INTO warnings VALUES (?, NULL, NULL, ?, ?)", [reader.run, path or None, message])
+        database.execute(
+            "INSERT INTO warnings VALUES (?, NULL, NULL, ?, ?)", [reader.run, path or None, message]
+        )
     database.execute(
         "INSERT INTO warnings SELECT run, generation, time, NULL, data ->> 'message' FROM events"
         " WHERE run = ? AND type = 'warning.raised' ORDER BY time",
@@ -148,7 +156,8 @@ def _insert(
     # Text first, types after: a value of the wrong type then becomes NULL instead of failing the batch.
     shape = json.dumps([dict.fromkeys(columns, "VARCHAR")])
     values = ", ".join(
-        f"row.{name}::JSON" if kind == "JSON" else f"try_cast(row.{name} AS {kind})" for name, kind in columns.items()
+        f"row.{name}::JSON" if kind == "JSON" else f"try_cast(row.{name} AS {kind})"
+        for name, kind in columns.items()
     )
     database.execute(
         f"INSERT INTO {table} SELECT {values} FROM (SELECT unnest(from_json(?::JSON, '{shape}')) AS row)",
@@ -164,7 +173,8 @@ def _batched(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def _plain(value: Any, kind: str) -> Any:
     if isinstance(value, str) and kind == "JSON":
         return json.loads(value)
-    if hasattr(value, "isoformat"):
-        text = value.isoformat()
+    if isinstance(value, datetime):
+        # Always with microseconds: text of one length sorts as time does.
+        text = value.isoformat(timespec="microseconds")
         return f"{text}Z" if kind == "TIMESTAMP" else text
     return value

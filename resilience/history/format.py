@@ -76,5 +76,8 @@ def moment(value: str | None) -> str:
 def blamed(row: dict[str, Any]) -> str:
     """Who an incident blames: ``rank 2 on node-b/0``, ``node-b``, ``unknown``."""
     rank, place = row.get("rank"), row.get("card") or row.get("node")
-    names = [f"rank {rank}" if rank is not None else "", f"on {place}" if rank is not None and place else place or ""]
+    names = [
+        f"rank {rank}" if rank is not None else "",
+        f"on {place}" if rank is not None and place else place or "",
+    ]
     return " ".join(name for name in names if name) or "unknown"

@@ -41,7 +41,9 @@ class LiveView:
         self, mode: str = "auto", *, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         if mode not in MODES:
-            raise InvalidError(f"view {mode!r} is unknown", operation="view", hint=f"one of {', '.join(MODES)}")
+            raise InvalidError(
+                f"view {mode!r} is unknown", operation="view", hint=f"one of {', '.join(MODES)}"
+            )
         self._stream = stream or (sys.stdout if mode == "json" else sys.stderr)
         if mode == "auto":
             mode = "panel" if self._stream.isatty() else "plain"
@@ -97,14 +99,18 @@ class LiveView:
 
     def _write(self, snapshot: Snapshot) -> None:
         self._shown = snapshot
-        text = json.dumps(jsonable(snapshot), separators=(",", ":")) if self._mode == "json" else line(snapshot)
+        text = (
+            json.dumps(jsonable(snapshot), separators=(",", ":")) if self._mode == "json" else line(snapshot)
+        )
         self._stream.write(text + "\n")
         self._stream.flush()
 
 
 def line(snapshot: Snapshot) -> str:
     """A snapshot in one line of plain text."""
-    parts = [f"[{seconds(snapshot.get('elapsed_s')):>9}] {snapshot.get('result') or snapshot.get('phase', '?')}"]
+    parts = [
+        f"[{seconds(snapshot.get('elapsed_s')):>9}] {snapshot.get('result') or snapshot.get('phase', '?')}"
+    ]
     if snapshot.get("attached"):
         parts.append("attached to a run that is going")
     if snapshot.get("generation"):
@@ -123,6 +129,29 @@ def line(snapshot: Snapshot) -> str:
     if snapshot.get("warning"):
         parts.append(f"warning: {' '.join(str(snapshot['warning']).split())}")
     return ", ".join(parts)
+
+
+def lines(snapshot: Snapshot) -> str:
+    """A snapshot as a few lines of plain text: the summary, then one line a tier, a node and a complaint."""
+    told = [line(snapshot)]
+    for tier, it in sorted((snapshot.get("checkpoints") or {}).items()):
+        told.append(
+            f"checkpoint in {tier}: step {it['step']}, generation {it['generation']}, {seconds(it['age_s'])} old"
+        )
+    for node in snapshot.get("nodes") or ():
+        ranks = " ".join(map(str, node.get("ranks") or ())) or "none"
+        told.append(
+            f"node {node['name']}: {node.get('state', 'up')}, {count(node.get('cards'), 'card')}, ranks {ranks}"
+        )
+    if snapshot.get("reason"):
+        told.append(f"reason: {snapshot['reason']}")
+    if snapshot.get("silent"):
+        heard = snapshot.get("heard_s")
+        ago = "never" if heard is None else f"{seconds(heard)} ago"
+        told.append(f"last heard of: {ago}; its supervisor may be gone")
+    if snapshot.get("warnings"):
+        told.append(f"{count(snapshot['warnings'], 'warning')}: see resilience history {snapshot.get('run')}")
+    return "\n".join(told)
 
 
 def progress(snapshot: Snapshot) -> str:
@@ -156,4 +185,10 @@ def _turn(snapshot: Snapshot) -> list[Any]:
 def _steady(snapshot: Snapshot) -> list[Any]:
     """What counts as a change at all: not ages, which always change."""
     newest = snapshot.get("checkpoint") or {}
-    return [*_turn(snapshot), snapshot.get("step"), snapshot.get("loss"), newest.get("step"), newest.get("tier")]
+    return [
+        *_turn(snapshot),
+        snapshot.get("step"),
+        snapshot.get("loss"),
+        newest.get("step"),
+        newest.get("tier"),
+    ]

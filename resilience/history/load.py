@@ -43,7 +43,10 @@ class RunReader:
         """All events, oldest generation first, one segment in memory at a time."""
         reader = read_events(self.storage)
         yield from reader
-        self.warnings.extend((gap.path, _tell(gap)) for gap in reader.gaps)
+        named = {gap.path for gap in reader.gaps if gap.first is not None}  # says the same, and which events
+        for gap in reader.gaps:
+            if gap.first is not None or gap.path not in named:
+                self._warn(gap.path, _tell(gap))
 
     def records(self) -> tuple[Record, ...]:
         """The commit log. When it is damaged: the records that can still be read, and a warning for each other."""
@@ -105,7 +108,9 @@ def open_runs(url: str) -> Iterator[RunReader]:
         try:
             yield open_run(url, name)
         except InvalidError as error:
-            yield UnreadableRun(name, f"{url.rstrip('/')}/{name}", "", open_storage(url), [(FORMAT, error.message)])
+            yield UnreadableRun(
+                name, f"{url.rstrip('/')}/{name}", "", open_storage(url), [(FORMAT, error.message)]
+            )
 
 
 class UnreadableRun(RunReader):

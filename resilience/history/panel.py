@@ -98,7 +98,9 @@ def _node(node: dict[str, Any]) -> Text:
         text.append(f" ({'/'.join(node['levels'])})", style="dim")
     ranks = node.get("ranks")
     text.append(f"  {count(node.get('cards'), 'card')}")
-    text.append(f"  ranks {' '.join(map(str, ranks))}" if ranks else "  no ranks", style="none" if ranks else "dim")
+    text.append(
+        f"  ranks {' '.join(map(str, ranks))}" if ranks else "  no ranks", style="none" if ranks else "dim"
+    )
     if node.get("state") not in (None, "up"):
         text.append(f"  {node['state']}", style="red")
     return text

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resilience.errors import InvalidError
+from resilience.history.format import count
 
 if TYPE_CHECKING:
     from resilience.history.query import History
@@ -50,13 +51,18 @@ def drawing(history: History, run: str | None = None, metric: str | None = None)
         InvalidError: the run logged no such value (the hint says which there are).
     """
     name = run or history.run or history.runs[0]["run"]
-    known = [row["name"] for row in history.sql("SELECT DISTINCT name FROM metrics_all WHERE run = ? ORDER BY 1", [name])]
+    known = [
+        row["name"]
+        for row in history.sql("SELECT DISTINCT name FROM metrics_all WHERE run = ? ORDER BY 1", [name])
+    ]
     wanted = metric or ("loss" if "loss" in known or not known else known[0])
     if wanted not in known:
         raise InvalidError(
             f"run {name!r} logged no {wanted!r}",
             operation="picture",
-            hint=f"it logged: {', '.join(known)}" if known else "call run.log(loss=...) in the training function",
+            hint=f"it logged: {', '.join(known)}"
+            if known
+            else "call run.log(loss=...) in the training function",
         )
     rows = history.sql(
         "SELECT generation, step, value, kept, lag(kept) OVER steps AS before FROM ("
@@ -83,7 +89,9 @@ def drawing(history: History, run: str | None = None, metric: str | None = None)
     return Drawing(name, wanted, curve, list(undone.values()), incidents, checkpoints)
 
 
-def picture(history: History, path: str | Path, run: str | None = None, *, metric: str | None = None) -> Path | None:
+def picture(
+    history: History, path: str | Path, run: str | None = None, *, metric: str | None = None
+) -> Path | None:
     """Write the PNG to ``path`` and return it, or ``None`` when matplotlib is not installed (use ``text``)."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -95,8 +103,9 @@ def picture(history: History, path: str | Path, run: str | None = None, *, metri
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, curve in enumerate(it.undone):
+        # Broad, beneath the curve: where training is deterministic the steps done again give the same values.
         label = "undone by a restore" if number == 0 else None
-        axes.plot(*_columns(curve), color=_LOST, linewidth=1.4, alpha=0.9, linestyle=(0, (2, 1)), label=label)
+        axes.plot(*_columns(curve), color=_LOST, linewidth=5, alpha=0.4, label=label)
     axes.plot(*_columns(it.curve), color=_CURVE, linewidth=1.6, label=f"{it.name} that survived")
     for number, (failed, restored, text) in enumerate(it.incidents):
         axes.axvline(failed, color=_INCIDENT, linewidth=1.0, label="incident" if number == 0 else None)
@@ -127,7 +136,7 @@ def picture(history: History, path: str | Path, run: str | None = None, *, metri
             clip_on=False,
             label="checkpoint",
         )
-    axes.set_title(f"{it.run}: {it.name} over {len(it.incidents)} incidents", loc="left", color=_INK)
+    axes.set_title(f"{it.run}: {it.name}, {count(len(it.incidents), 'incident')}", loc="left", color=_INK)
     axes.set_xlabel("step")
     axes.set_ylabel(it.name)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -140,7 +149,9 @@ def picture(history: History, path: str | Path, run: str | None = None, *, metri
     return target
 
 
-def text(history: History, run: str | None = None, *, metric: str | None = None, width: int = 72, height: int = 12) -> str:
+def text(
+    history: History, run: str | None = None, *, metric: str | None = None, width: int = 72, height: int = 12
+) -> str:
     """The same in characters: ``*`` the curve, ``o`` undone steps, ``!`` incidents, ``^`` checkpoints."""
     it = drawing(history, run, metric)
     points = [point for curve in (it.curve, *it.undone) for point in curve if math.isfinite(point[1])]

@@ -25,7 +25,9 @@ PHASES = ("detect", "decide", "fence", "start", "restore", "first_step")
 
 def runs_table(rows: Sequence[Row]) -> RenderableType:
     """All runs, one a line."""
-    table = _table("run", "result", ">steps", ">gens", ">incidents", ">lost steps", ">ETTR", "last checkpoint")
+    table = _table(
+        "run", "result", ">steps", ">gens", ">incidents", ">lost steps", ">ETTR", "last checkpoint"
+    )
     for row in rows:
         last = "none"
         if row["checkpoint_step"] is not None:
@@ -47,19 +49,16 @@ def runs_table(rows: Sequence[Row]) -> RenderableType:
 
 def generations_table(rows: Sequence[Row]) -> RenderableType:
     """From where each generation began, how far it got, how much of it was kept."""
-    table = _table(">gen", "started (UTC)", ">ranks", "began at", "reached", "kept", ">stall", "ended")
+    table = _table(">gen", "started (UTC)", ">ranks", "from step", ">to step", ">kept", ">stall", "ended")
     for row in rows:
-        begin = row["start_step"]
-        origin = "-"
-        if begin is not None:
-            origin = f"step {begin}" + (f" ({row['restore_tier']})" if row["restore_tier"] else "")
+        origin = number(row["start_step"]) + (f" ({row['restore_tier']})" if row["restore_tier"] else "")
         table.add_row(
             str(row["generation"]),
-            moment(row["started_at"] or row["fenced_at"]),
+            moment(row["started_at"] or row["fenced_at"])[5:],  # the headline of the run has the year
             number(row["world_size"]),
             origin,
-            "-" if row["end_step"] is None else f"step {row['end_step']}",
-            "-" if row["kept_steps"] is None else count(row["kept_steps"], "step"),
+            number(row["end_step"]),
+            number(row["kept_steps"]),
             seconds(row["stall_s"]),
             Text(row["reason"] or ("-" if row["started_at"] else "never started")),
         )
@@ -81,8 +80,10 @@ def incidents_table(rows: Sequence[Row]) -> RenderableType:
         reason = f" ({row['reason']})" if row["reason"] else ""
         story.append(f"\ndecision: {row['decision'] or 'none yet'}{reason}", style="not bold")
         if row["step_restored"] is not None:
-            came = f" from {row['tier']}" if row["tier"] else " from scratch"
-            story.append(f"\nback at step {row['step_restored']}{came}, was at {row['step_failed']}", style="not bold")
+            came = f"({row['tier']})" if row["tier"] else "(from scratch)"
+            story.append(
+                f"\nback to step {row['step_restored']} {came} from {row['step_failed']}", style="not bold"
+            )
         for signal in row["signals"] or ():
             story.append(f"\nalso: {signal}", style="not bold dim")
         table.add_row(
@@ -124,8 +125,14 @@ def totals_table(run: Row, lost: Sequence[Row]) -> RenderableType:
     table.add_row("productive", seconds(productive), f"ETTR {percent(ettr)}")
     for row in lost:
         if row["seconds"] > 0.0005:
-            table.add_row(f"  {row['phase'].replace('_', ' ')}", seconds(row["seconds"]), percent(row["share"]))
-    table.add_row("MTTR", seconds(run["mttr_s"]), f"{count(run['incidents'], 'incident')}, {count(run['lost_steps'], 'step')} lost")
+            table.add_row(
+                f"  {row['phase'].replace('_', ' ')}", seconds(row["seconds"]), percent(row["share"])
+            )
+    table.add_row(
+        "MTTR",
+        seconds(run["mttr_s"]),
+        f"{count(run['incidents'], 'incident')}, {count(run['lost_steps'], 'step')} lost",
+    )
     return table
 
 
@@ -180,7 +187,14 @@ def rows_table(rows: Sequence[Row]) -> RenderableType:
 def _headline(row: Row) -> Text:
     text = Text(f"run {row['run']}: ", style="bold")
     text.append(row["result"] or "not finished", style=_style(row["result"]))
-    text.append(f", {count(row['steps'], 'step')}, {count(row['generations'], 'generation')}", style="not bold")
+    text.append(
+        f", {count(row['steps'], 'step')}, {count(row['generations'], 'generation')}", style="not bold"
+    )
+    if row["started_at"]:
+        text.append(f"\nstarted {moment(row['started_at'])} UTC", style="not bold")
+        text.append(
+            f", ended {moment(row['finished_at'])} UTC" if row["finished_at"] else "", style="not bold"
+        )
     if row["reason"]:
         text.append(f"\n{row['reason']}", style="not bold")
     if row["digest"]:
@@ -201,7 +215,12 @@ def _failed(rows: Sequence[Row]) -> RenderableType:
     for row in rows:
         why = Text(row["reason"] or "-")
         table.add_row(
-            number(row["step"]), number(row["generation"]), number(row["rank"]), row["tier"] or "-", row["outcome"], why
+            number(row["step"]),
+            number(row["generation"]),
+            number(row["rank"]),
+            row["tier"] or "-",
+            row["outcome"],
+            why,
         )
     return table
 

@@ -27,7 +27,9 @@ def status(history: History, run: str) -> dict[str, Any]:
     row = history.sql("SELECT * FROM runs WHERE run = ?", [run])[0]
     generation = _one(history, "SELECT max(generation) AS it FROM generations WHERE run = ?", run)
     metric = history.sql("SELECT * FROM metrics WHERE run = ? ORDER BY step DESC LIMIT 1", [run])
-    open_ = history.sql("SELECT * FROM incidents WHERE run = ? AND state = 'open' ORDER BY detected_at DESC", [run])
+    open_ = history.sql(
+        "SELECT * FROM incidents WHERE run = ? AND state = 'open' ORDER BY detected_at DESC", [run]
+    )
     tiers = _tiers(history, run)
     newest = max(tiers.values(), key=lambda it: (it["step"], it["tier"] == "shared"), default=None)
     heard = _one(
@@ -88,7 +90,8 @@ def _phase(history: History, run: str, row: dict[str, Any], recovering: bool) ->
     if since("generation.ended", "generation.fenced", "generation.started"):
         return Phase.FENCING
     started = history.sql(
-        "SELECT started_at, first_step_at FROM generations WHERE run = ? ORDER BY generation DESC LIMIT 1", [run]
+        "SELECT started_at, first_step_at FROM generations WHERE run = ? ORDER BY generation DESC LIMIT 1",
+        [run],
     )
     if recovering:
         # An incident of a generation that has not ended yet: its ranks are being stopped.

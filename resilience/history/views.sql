@@ -5,13 +5,15 @@
 -- checkpoint of step 20 holds the effect of the steps 0..19. The commit log is believed before the journal:
 -- the journal may have lost segments, the log may not.
 
+-- What many others are derived from is a table: computed once, when the database is made.
+
 -- Microseconds are exact; epoch() would round to a tenth of one.
 CREATE MACRO seconds(earlier, later) AS date_diff('microsecond', earlier, later) / 1e6;
 
 -- One row for each time a supervisor took the run up. Time between `finished_at` and the next start is
 -- nobody's loss (the user had stopped it); a supervisor that died without `run.finished` is down until the
 -- next one starts, and that counts.
-CREATE VIEW attempts AS
+CREATE TABLE attempts AS
 WITH said AS (
     SELECT run, time, data FROM events WHERE type = 'run.started'
     UNION ALL  -- the segment that held run.started may be lost: then the first event is the best we know
@@ -41,7 +43,7 @@ LEFT JOIN ends e ON e.run = s.run AND e.attempt = s.attempt;
 
 -- One row for each failure. The number before the '-' of its id is the generation that failed; events of the
 -- recovery itself belong to the generation that recovered.
-CREATE VIEW incidents AS
+CREATE TABLE incidents AS
 WITH told AS (
     SELECT run, data ->> 'incident' AS incident,
         min(time) FILTER (type = 'incident.detected') AS detected_at,
@@ -95,7 +97,7 @@ SELECT i.run, i.incident, i.generation,
 FROM summed i;
 
 -- One row for each generation that won a fence or left a trace.
-CREATE VIEW generations AS
+CREATE TABLE generations AS
 WITH names AS (
     SELECT run, generation FROM log WHERE kind = 'fence'
     UNION SELECT run, generation FROM events WHERE generation > 0
@@ -171,7 +173,7 @@ SELECT run, generation, fence_slot, fenced_at, fence_s, started_at, restored_at,
 FROM bounded;
 
 -- One row for each checkpoint and tier that the commit log records (or, with a damaged log, the journal tells).
-CREATE VIEW checkpoints AS
+CREATE TABLE checkpoints AS
 WITH logged AS (
     SELECT run, coalesce(try_cast(body ->> 'generation' AS BIGINT), generation) AS generation,
            CAST(body ->> 'step' AS BIGINT) AS step, body ->> 'tier' AS tier,
@@ -364,7 +366,7 @@ FROM events c WHERE c.type = 'chaos.injected';
 --                 the one that failed first holds all of that time and is the only one summed
 --   other       = wall - productive - all of the above      waiting, stopping, downtime of the supervisor
 --   ETTR        = productive / wall        MTTR = mean of recovery_s over recovered incidents
-CREATE VIEW ettr AS
+CREATE TABLE ettr AS
 WITH walls AS (
     SELECT run, sum(seconds(started_at, until_at)) AS wall_s FROM attempts GROUP BY run
 ), worked AS (

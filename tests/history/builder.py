@@ -5,6 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
+
+from resilience.checkpoint.arena import Arena
+from resilience.checkpoint.pack import persist
+from resilience.checkpoint.part import directory, draft
+from resilience.checkpoint.plan import plan, specs
+from resilience.checkpoint.snapshot import snapshot
+from resilience.checkpoint.tree import flatten
 from resilience.journal.events import EventWriter
 from resilience.journal.format_file import ensure_format
 from resilience.journal.log import CommitLog
@@ -36,7 +44,14 @@ class Builder:
     def seal(self) -> None:
         self.writer.seal()
 
-    def start(self, at: float, *, attempt: int = 1, nodes: tuple[str, ...] = ("node-a", "node-b", "node-c")) -> None:
+    def start(
+        self,
+        at: float,
+        *,
+        attempt: int = 1,
+        nodes: tuple[str, ...] = ("node-a", "node-b", "node-c"),
+        nvme: str = "/nonexistent/nvme",
+    ) -> None:
         self.tell(
             at,
             "run.started",
@@ -46,14 +61,16 @@ class Builder:
                 "workers": 4,
                 "spares": 2,
                 "storage": self.url,
-                "nvme": "/nvme",
+                "nvme": nvme,
                 "policy": {"keep_last": 3},
                 "arguments": {"lr": 0.1},
                 "attempt": attempt,
             },
         )
         for node in nodes:
-            self.tell(at + 0.5, "node.joined", {"cards": 2, "levels": ["rack-1"], "host": "10.0.0.1"}, node=node)
+            self.tell(
+                at + 0.5, "node.joined", {"cards": 2, "levels": ["rack-1"], "host": "10.0.0.1"}, node=node
+            )
 
     def fence(self, at: float, generation: int, *, seconds: float = 0.1) -> None:
         record = self.log.fence(generation, {"run": self.run, "supervisor": "host/1", "reason": "start"})
@@ -78,7 +95,9 @@ class Builder:
         chosen = {"tier": tier, "generation": restore["generation"]} if restore else {"tier": None}
         self.tell(at, "restore.chosen", chosen, step=step)
         for rank, _node, _index in places:
-            self.tell(done_at, "restore.done", {"tier": tier, "seconds": seconds + rank / 100}, rank=rank, step=step)
+            self.tell(
+                done_at, "restore.done", {"tier": tier, "seconds": seconds + rank / 100}, rank=rank, step=step
+            )
 
     def steps(self, at: float, first: int, last: int, *, step_s: float = 0.1, batch: int = 10) -> None:
         """Losses of the steps first..last-1 (index), the first of which begins at ``at``."""
@@ -90,8 +109,32 @@ class Builder:
     def sealed(self, at: float, step: int, *, stall_s: float) -> None:
         for rank, _node, _index in PLACES:
             self.tell(
-                at, "checkpoint.sealed", {"stall_s": stall_s - (3 - rank) / 1000, "size": 1000}, rank=rank, step=step
+                at,
+                "checkpoint.sealed",
+                {"stall_s": stall_s - (3 - rank) / 1000, "size": 1000},
+                rank=rank,
+                step=step,
             )
+
+    def save(self, at: float, step: int, tier: str, *, nvme: str | None = None) -> None:
+        """A checkpoint with real packs and parts, each of 4 ranks with a thousand numbers; told and recorded."""
+        sources, size = [], 0
+        for rank, node, _index in PLACES:
+            root = open_storage(f"{nvme}/{self.run}/{node}") if nvme else self.storage
+            arrays, skeleton = flatten({"weight": np.full(1000, rank + step, np.float32)}, prefix="")
+            layout = plan(specs(arrays), rank=rank, world_size=len(PLACES))
+            part = draft(layout, skeleton, run=self.run, step=step, generation=self.generation)
+            with Arena.create(2, layout.size) as arena:
+                slot = arena.acquire()
+                assert slot is not None
+                snapshot(arena, slot, arrays, layout, step=step, generation=self.generation)
+                saved = persist(arena.view(slot), part, root, directory(step, self.generation))
+            sources.append({"rank": rank, "node": node, "name": saved.part_name, "sha256": saved.sha256})
+            size += saved.size
+        body = {"step": step, "tier": tier, "world_size": len(PLACES), "parts": sources, "size": size}
+        slot_number = self.log.append(Kind.CHECKPOINT, body).slot
+        data = {"tier": tier, "size": size, "stall_s": 0.01, "durable_s": 0.1, "slot": slot_number}
+        self.tell(at, "checkpoint.committed", data, step=step)
 
     def committed(self, at: float, step: int, tier: str, *, stall_s: float, durable_s: float) -> int:
         body = {"step": step, "tier": tier, "world_size": 4, "parts": [], "size": 4000}
@@ -108,7 +151,13 @@ def loss(step: int, generation: int) -> float:
 
 PHASES = {"detect": 0.05, "decide": 0.01, "fence": 0.19, "start": 0.2, "restore": 0.15, "first_step": 0.4}
 BLAMED = {"rank": 2, "node": "node-b", "card": "node-b/0"}
-FOUND = {"incident": "1-1", "kind": "signal", "cause": "rank 2 was killed by SIGKILL", "confidence": 1.0, "step": 25}
+FOUND = {
+    "incident": "1-1",
+    "kind": "signal",
+    "cause": "rank 2 was killed by SIGKILL",
+    "confidence": 1.0,
+    "step": 25,
+}
 
 
 def first_generation(url: str, run: str = "demo") -> Builder:
@@ -124,7 +173,13 @@ def first_generation(url: str, run: str = "demo") -> Builder:
     it.committed(3.6, 10, "shared", stall_s=0.05, durable_s=0.6)
     it.sealed(4.0, 20, stall_s=0.03)
     it.committed(4.1, 20, "nvme", stall_s=0.03, durable_s=0.1)
-    it.tell(4.5, "chaos.injected", {"fault": "kill", "point": "step", "target": "rank 2", "plan_index": 0}, rank=2, step=25)
+    it.tell(
+        4.5,
+        "chaos.injected",
+        {"fault": "kill", "point": "step", "target": "rank 2", "plan_index": 0},
+        rank=2,
+        step=25,
+    )
     out = "Fatal: killed\n"
     it.tell(4.52, "rank.exited", {"code": None, "signal": 9, "error": "", "output": out}, rank=2)
     it.tell(4.55, "incident.detected", FOUND, severity="error", **BLAMED)
