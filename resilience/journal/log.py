@@ -133,7 +133,7 @@ class CommitLog:
                 self._admit(attempt.data, attempt.record, durable=True)
                 self._landed.remove(attempt.record)
                 return attempt.record
-            self._admit(held, self._decode(held))
+            self._admit(held, self._decode(held), durable=True)  # create answers with durable bytes
             self._check_in_charge()
             landed = self._claim(kind, body, at_least=generation)
             if landed is not None:
