@@ -53,26 +53,25 @@ def sync_directory(directory: str) -> None:
         os.close(fd)
 
 
-def publish(temporary: str, final: str, fd: int) -> bool:
-    """Give the temporary file the final name unless that is taken. True: the name is ours."""
+def publish(temporary: str, final: str) -> bool:
+    """Give the temporary file the final name unless that is taken.
+
+    False: it is taken, perhaps by ourselves: a retransmitted NFS call reports its own success as EEXIST, so
+    the caller compares the bytes.
+    """
     try:
         os.link(temporary, final)
     except FileExistsError:
-        return _same_file(fd, final)  # a retransmitted NFS call reports our own success as EEXIST
+        return False
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         return _rename_noreplace(temporary, final)
-    status = os.fstat(fd)
-    if not _same_file(fd, final) or not stat.S_ISREG(status.st_mode) or status.st_nlink < 2:
+    status = os.lstat(final)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink < 2:
         # BeeGFS can be told to make symbolic links instead; those do not arbitrate and would dangle.
         raise _cannot_arbitrate(final, f"link() made something else (nlink {status.st_nlink})")
     return True
-
-
-def _same_file(fd: int, final: str) -> bool:
-    ours, theirs = os.fstat(fd), os.lstat(final)
-    return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
 
 
 def _rename_noreplace(temporary: str, final: str) -> bool:

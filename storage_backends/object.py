@@ -222,11 +222,10 @@ def _abort_uploads(fs: Any, path: str) -> None:
     while True:
         page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/", **marker)
         for upload in page.get("Uploads", []):
-            if upload["Key"].startswith(f"{key}/"):
-                try:
-                    fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
-                except FileNotFoundError:
-                    continue  # finished or aborted meanwhile
+            try:
+                fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+            except FileNotFoundError:
+                continue  # finished or aborted meanwhile
         if not page.get("IsTruncated"):
             return
         marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}

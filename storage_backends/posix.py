@@ -64,7 +64,7 @@ class PosixStorage:
                 try:
                     write_all(fd, memoryview(data).cast("B"))
                     sync_file(fd, len(data), temporary)
-                    won = publish(temporary, final, fd)
+                    won = publish(temporary, final)
                 finally:
                     os.close(fd)
                 # Also when we lost: the winner may have died between its link and its fsync, and our caller
@@ -137,14 +137,13 @@ class PosixStorage:
 
     def delete_all(self, prefix: str) -> None:
         path = self._local(check_directory(prefix, root=False))
-        try:
-            if os.path.isdir(path):
+        while os.path.isdir(path):
+            try:
                 shutil.rmtree(path)
-        except FileNotFoundError:
-            return self.delete_all(prefix)  # somebody else deletes here too: what is left is looked at again
-        except OSError as error:
-            raise translate(error, operation="delete_all", path=path) from error
-        return None
+            except FileNotFoundError:
+                continue  # somebody else deletes here too: look again at what is left
+            except OSError as error:
+                raise translate(error, operation="delete_all", path=path) from error
 
     def path(self, name: str) -> Path | None:
         return Path(self._local(name))
@@ -260,9 +259,7 @@ class PosixSink:
             self.commit()
 
     def __del__(self) -> None:
-        if (
-            self._process == os.getpid()
-        ):  # a forked child that merely inherited this must not take the file away
+        if self._process == os.getpid():  # a forked child merely inherited it, and must leave the file
             self.cancel()
 
     def _drain(self) -> None:

@@ -175,6 +175,17 @@ def test_a_failed_part_kills_the_sink(proxy: Any, bucket: str) -> None:
     assert storage.list() == [] and uploads(bucket) == []
 
 
+def test_a_store_that_acknowledges_and_does_not_store_is_caught(proxy: Any, bucket: str) -> None:
+    storage = ObjectStorage(f"s3://{bucket}/run")
+    with storage.sink("a") as sink:
+        sink.write(b"old")
+    proxy.plan["PUT"] = [(200, "")]
+    sink = storage.sink("a")
+    sink.write(b"newer")
+    with pytest.raises(UnavailableError, match="holds 3 bytes after writing 5"):
+        sink.commit()
+
+
 def test_many_parts_arrive_in_order(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from storage_backends import object_sink
 
@@ -211,9 +222,9 @@ def test_handles_share_no_driver(bucket: str) -> None:
     """fsspec caches instances, and their listings never expire."""
     a, b = ObjectStorage(f"s3://{bucket}/run"), ObjectStorage(f"s3://{bucket}/run")
     assert a._connect() is not b._connect()
-    assert a.list("log") == []
-    b.create("log/1", b"1")
-    assert a.list("log") == ["log/1"]
+    for slot in range(3):
+        b.create(f"log/{slot}", b"1")
+        assert a.list("log") == [f"log/{n}" for n in range(slot + 1)]
 
 
 # --- file systems that cannot arbitrate ---------------------------------------------------------------------

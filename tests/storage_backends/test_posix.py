@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -292,6 +294,16 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert storage.read("a") == b"0123456789"
 
 
+def test_two_may_delete_the_same_directory(tmp_path: Path) -> None:
+    storage = PosixStorage(tmp_path)
+    for number in range(300):
+        (tmp_path / "d" / "deep").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / "deep" / str(number)).touch()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: storage.delete_all("d"), range(4)))
+    assert storage.list() == []
+
+
 # --- file systems that cannot do everything -----------------------------------------------------------------
 
 
@@ -321,9 +333,12 @@ def test_with_neither_the_root_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         PosixStorage(tmp_path).create("d/a", b"first")
 
 
-def test_links_that_are_symbolic_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BeeGFS with sysCreateHardlinksAsSymlinks."""
-    monkeypatch.setattr(os, "link", os.symlink)
+@pytest.mark.parametrize("instead", [os.symlink, shutil.copyfile])
+def test_links_that_are_something_else_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instead: Callable[..., object]
+) -> None:
+    """BeeGFS with sysCreateHardlinksAsSymlinks; gateways that copy."""
+    monkeypatch.setattr(os, "link", instead)
     with pytest.raises(InvalidError, match="something else"):
         PosixStorage(tmp_path).create("d/a", b"first")
 
