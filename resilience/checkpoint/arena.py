@@ -122,6 +122,7 @@ class Arena:
         if len(head) == _HEADER.size:
             magic, slots, _, stride = _HEADER.unpack(head)
             if magic == _MAGIC and size == ALIGN + slots * stride:
+                os.set_inheritable(fd, False)  # sockets deliver descriptors that would survive an exec
                 return cls(fd, _map(fd, size))
         raise InvalidError(
             f"file descriptor {fd} is not an arena of this version",

@@ -1,10 +1,10 @@
 """bfloat16 and float8 as Zarr data types, by ml_dtypes.
 
-Owns the ``ZDType`` classes and their registration, which happens on import. Installing this package makes
-stock zarr-python import this module by itself, through entry points: ``zarr.data_type`` is the place meant
-for it, but zarr 3.1.6 collects that group and never loads it, so ``zarr.buffer``, which it does load before
-it reads any metadata, names this module as well. Must stay light: it is imported wherever zarr and this
-package are.
+Owns the ``ZDType`` classes and their registration, which happens on import. Entry points make stock zarr-python
+import this module by itself where this package is installed: ``zarr.data_type`` is the place meant for it, but
+zarr 3.1.6 collects that group and never loads it; ``zarr.buffer`` it does load, before it reads a group's
+metadata, so that names this module as well. (A lone array opened as a program's first act needs the import.)
+Must stay light: it is imported wherever zarr and this package are.
 """
 
 from __future__ import annotations

@@ -153,7 +153,9 @@ def test_too_little_memory_says_how_much_and_how_to_give_it() -> None:
 
 def test_memory_running_out_while_it_is_taken_keeps_nothing() -> None:
     """Other ranks of the node take memory at the same moment: the look before each block notices."""
-    answers = iter([Available(1 << 40, "first"), Available(1 << 40, "second"), Available(1 << 20, "cgroup x")])
+    answers = iter(
+        [Available(1 << 40, "first"), Available(1 << 40, "second"), Available(1 << 20, "cgroup x")]
+    )
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(ExhaustedError, match="cgroup x"):
         Arena.create(2, 64 << 20, probe=lambda: next(answers))

@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from resilience.checkpoint import arrays as A
+from resilience.checkpoint import arrays as dt
 from resilience.checkpoint import fit
 from resilience.checkpoint.tree import flatten, unflatten
 from resilience.errors import InvalidError
 
-State = collections.namedtuple("State", "count mu")  # noqa: PYI024 - optax states look like this
+State = collections.namedtuple("State", "count mu")
 
 
 def through_storage(state: Any) -> Any:
     """A copy as restoring gives it."""
     arrays, skeleton = flatten(state, prefix="s")
     stored = {
-        name: np.array(A.raw(array)).view(A.numpy_dtype(A.describe(array)[0])).reshape(A.describe(array)[1])
+        name: np.array(dt.raw(array))
+        .view(dt.numpy_dtype(dt.describe(array)[0]))
+        .reshape(dt.describe(array)[1])
         for name, array in arrays.items()
     }
     return unflatten(skeleton, stored)
@@ -62,7 +64,9 @@ def test_module_optimizer_and_scheduler_go_on_bit_identically() -> None:
 
 def test_a_module_that_differs_is_refused_whole() -> None:
     state = through_storage(fit.capture(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))))
-    other = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1, bias=False), torch.nn.Linear(1, 1))
+    other = torch.nn.Sequential(
+        torch.nn.Linear(4, 5), torch.nn.Linear(5, 1, bias=False), torch.nn.Linear(1, 1)
+    )
     before = [parameter.clone() for parameter in other.parameters()]
     with pytest.raises(InvalidError) as caught:
         fit.apply(other, state, name="model")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilience.checkpoint import arrays as A
+from resilience.checkpoint import arrays as dt
 from resilience.checkpoint.plan import ALIGN, CRC_BYTES, ArraySpec, boxes, chunk_grid, plan, specs
 from resilience.errors import InvalidError
 
@@ -20,7 +20,7 @@ shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 @st.composite
 def layouts(draw: st.DrawFn) -> list[ArraySpec]:
     return [
-        ArraySpec(f"a{number}", draw(st.sampled_from(A.dtype_names())), draw(shapes), draw(st.booleans()))
+        ArraySpec(f"a{number}", draw(st.sampled_from(dt.dtype_names())), draw(shapes), draw(st.booleans()))
         for number in range(draw(st.integers(0, 6)))
     ]
 
@@ -41,7 +41,7 @@ def test_all_ranks_together_cover_every_element_once(
             count = written.setdefault(chunk.array, np.zeros(chunk.shape, int))
             where = tuple(slice(o, o + n) for o, n in zip(chunk.box_offset, chunk.box_shape, strict=True))
             count[where] += 1
-            itemsize = A.numpy_dtype(chunk.dtype).itemsize
+            itemsize = dt.numpy_dtype(chunk.dtype).itemsize
             assert chunk.offset % ALIGN == 0
             assert chunk.offset >= end
             assert chunk.length == math.prod(chunk.grid) * itemsize
@@ -52,7 +52,9 @@ def test_all_ranks_together_cover_every_element_once(
         assert made.size > 0
     assert len(hashes) == 1
     names = {s.name for s in layout if s.replicated and 0 not in s.shape}
-    names |= {f"rank-{r}/{s.name}" for r in range(world) for s in layout if not s.replicated and 0 not in s.shape}
+    names |= {
+        f"rank-{r}/{s.name}" for r in range(world) for s in layout if not s.replicated and 0 not in s.shape
+    }
     assert set(written) == names
     assert all((count == 1).all() for count in written.values())
 

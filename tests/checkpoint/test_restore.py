@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from resilience.checkpoint import arrays as A
+from resilience.checkpoint import arrays as dt
 from resilience.checkpoint.part import Part, sha256
 from resilience.checkpoint.restore import Source, restore
 from resilience.checkpoint.tree import unflatten
@@ -26,21 +26,23 @@ Edit = Callable[[str, int, bytes], None]
 
 def noise(dtype: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """Random bits in a type: NaNs with payloads and denormals included."""
-    wanted = A.numpy_dtype(dtype)
+    wanted = dt.numpy_dtype(dtype)
     data = np.random.default_rng(seed).integers(0, 256, math.prod(shape) * wanted.itemsize, np.uint8)
     return (data & 1 if dtype == "bool" else data).view(wanted).reshape(shape)
 
 
 def world(ranks: int) -> list[dict[str, Any]]:
     model = {f"w{n}": noise("float32", (n + 1, 7, 5), n) for n in range(6)}
-    return [{"model": model, "own": noise("int64", (rank + 2,), rank), "step": 7 + rank} for rank in range(ranks)]
+    return [
+        {"model": model, "own": noise("int64", (rank + 2,), rank), "step": 7 + rank} for rank in range(ranks)
+    ]
 
 
 def equal(a: Any, b: Any) -> bool:
-    return A.describe(a) == A.describe(b) and A.raw(a).tobytes() == A.raw(b).tobytes()
+    return dt.describe(a) == dt.describe(b) and dt.raw(a).tobytes() == dt.raw(b).tobytes()
 
 
-@pytest.mark.parametrize("dtype", A.dtype_names())
+@pytest.mark.parametrize("dtype", dt.dtype_names())
 def test_every_type_and_shape_comes_back_bit_equal(save: Save, dtype: str) -> None:
     """Zero-size, 0-d, padded last chunks, rows larger than a chunk."""
     shapes = [(), (0,), (3, 0, 2), (1,), (65,), (7, 11), (2, 300), (5, 3, 4)]
@@ -113,9 +115,7 @@ def test_a_flipped_bit_is_named(
     assert "verify" in str(caught.value.hint)
 
 
-def test_a_damaged_crc_field_is_damage_too(
-    save: Save, edit: Edit, load: Callable[[Source], Part]
-) -> None:
+def test_a_damaged_crc_field_is_damage_too(save: Save, edit: Edit, load: Callable[[Source], Part]) -> None:
     sources = save(world(1))
     part = load(sources[0])
     edit(part.pack_name, part.chunks[0].offset + part.chunks[0].length, b"\x00\x01\x02\x03")
@@ -191,7 +191,7 @@ def test_a_hole_is_never_filled(save: Save, storage: Storage, load: Callable[[So
         data = replace(part, chunks=chunks).encode()
         storage.delete(part.name)
         assert storage.create(part.name, data) is None
-        with pytest.raises(CorruptError, match="a second time|lacks the box"):
+        with pytest.raises(CorruptError, match=r"a second time|lacks the box"):
             restore([replace(sources[0], sha256=sha256(data))], rank=0, world_size=1)
 
 
@@ -202,7 +202,7 @@ def test_another_world_size_restores_only_what_no_rank_has_for_itself(save: Save
         got = restore(sources, rank=ranks - 1, world_size=ranks)
         back = unflatten(got.skeleton, got.arrays)
         assert all(equal(back["model"][key], value) for key, value in shared["model"].items())
-    with pytest.raises(InvalidError, match="saved by 2 ranks.*rank-0/own"):
+    with pytest.raises(InvalidError, match=r"saved by 2 ranks.*rank-0/own"):
         restore(save(world(2), replicated=("model",), step=11), rank=0, world_size=3)
     differing = [{**shared, "step": rank} for rank in range(2)]
     with pytest.raises(InvalidError, match="differ between the ranks"):
