@@ -74,7 +74,9 @@ class Proxy:
                 proxy.seen.append(f"{self.command} {action}")
                 if isinstance(action, tuple):
                     status, code = action
-                    text = f"<Error><Code>{code}</Code><Message>planned</Message></Error>".encode()
+                    # A 200 with an error in its body is one that drivers repeat, so success has none.
+                    error = f"<Error><Code>{code}</Code><Message>planned</Message></Error>"
+                    text = error.encode() if status >= 300 else b""
                     self.answer(status, {"Content-Type": "application/xml"}, text)
                     return
                 connection = http.client.HTTPConnection(host, timeout=30)
