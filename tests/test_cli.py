@@ -55,7 +55,7 @@ def _call(*args: str, env: dict[str, str] | None = None) -> Result:
 
 def _process(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "resilience.cli.main", *args],
+        [sys.executable, "-m", "resilience.cli", *args],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -469,7 +469,7 @@ def test_as_a_process_without_a_terminal(url: str) -> None:
 
 def test_a_closed_pipe_is_no_traceback(url: str) -> None:
     result = subprocess.run(
-        f"{sys.executable} -m resilience.cli.main history demo --storage {url} | head -n 1",
+        f"{sys.executable} -m resilience.cli history demo --storage {url} | head -n 1",
         shell=True,
         capture_output=True,
         text=True,

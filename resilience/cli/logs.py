@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def logs_command(run: str, storage: str, as_json: bool, rank: int | None, genera
         texts = {r: b"".join(_blocks(root, name)).decode(errors="replace") for r, name in names.items()}
         print_json([{"generation": generation, "rank": r, "output": text} for r, text in texts.items()])
         return
-    out = click.get_binary_stream("stdout")
+    out = sys.stdout.buffer
     for number, name in names.items():
         if len(names) > 1:
             out.write(f"==> generation {generation}, rank {number} <==\n".encode())

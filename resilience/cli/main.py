@@ -6,7 +6,6 @@ except the user's own, which comes first. Importing this module must stay cheap.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from typing import Any
 
@@ -115,7 +114,3 @@ def tell(error: ResilienceError) -> str:
 @click.version_option(package_name="resilience")
 def main() -> None:
     """Training that goes on by itself while cards, processes and nodes fail under it."""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,5 @@
-"""A DuckDB database in memory over journals and logs: the table ``events`` and the views of ``views.sql``.
+"""A DuckDB database in memory over journals and logs: the table ``events`` and the views of ``views.sql`` and
+``accounts.sql``.
 
 Owns the columns of the base tables. A snapshot of storage at one moment: open another to see what came after. Must
 never reach for the network (extensions) nor for storage: everything comes through ``RunReader``.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib import resources
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,9 @@ _EVENT = {
 }
 _TABLES = f"""
 CREATE TABLE events ({", ".join(f"{name} {kind}" for name, kind in _EVENT.items())});
-CREATE TABLE log (run VARCHAR, slot BIGINT, kind VARCHAR, generation BIGINT, writer VARCHAR, body JSON, ignored BOOLEAN);
+CREATE TABLE log (
+    run VARCHAR, slot BIGINT, kind VARCHAR, generation BIGINT, writer VARCHAR, body JSON, ignored BOOLEAN
+);
 CREATE TABLE found (run VARCHAR, url VARCHAR, created TIMESTAMP);
 CREATE TABLE warnings (run VARCHAR, generation BIGINT, warned_at TIMESTAMP, path VARCHAR, message VARCHAR);
 CREATE TABLE reading (read_at TIMESTAMP);
@@ -59,7 +62,8 @@ def build(readers: Iterable[RunReader], *, read_at: str) -> duckdb.DuckDBPyConne
     database.execute("INSERT INTO reading VALUES (?::TIMESTAMP)", [read_at.removesuffix("Z")])
     for reader in readers:
         _load(database, reader)
-    database.execute(resources.files("resilience.history").joinpath("views.sql").read_text("utf-8"))
+    for name in ("views.sql", "accounts.sql"):
+        database.execute(resources.files("resilience.history").joinpath(name).read_text("utf-8"))
     return database
 
 
@@ -175,6 +179,6 @@ def _plain(value: Any, kind: str) -> Any:
         return json.loads(value)
     if isinstance(value, datetime):
         # Always with microseconds: text of one length sorts as time does.
-        text = value.isoformat(timespec="microseconds")
-        return f"{text}Z" if kind == "TIMESTAMP" else text
+        utc = value if value.tzinfo is None else value.astimezone(UTC).replace(tzinfo=None)
+        return f"{utc.isoformat(timespec='microseconds')}Z"
     return value

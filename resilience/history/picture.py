@@ -66,8 +66,9 @@ def drawing(history: History, run: str | None = None, metric: str | None = None)
         )
     rows = history.sql(
         "SELECT generation, step, value, kept, lag(kept) OVER steps AS before FROM ("
-        "  SELECT generation, step, kept, arg_min(value, rank) AS value FROM metrics_all"
-        "  WHERE run = ? AND name = ? GROUP BY ALL)"
+        "  SELECT generation, step, kept, value FROM metrics_all WHERE run = $1 AND name = $2"
+        # One rank's values only: another rank's loss is of other samples, and would look like a jump.
+        "  AND rank = (SELECT min(rank) FROM metrics_all WHERE run = $1 AND name = $2))"
         " WINDOW steps AS (PARTITION BY generation ORDER BY step) ORDER BY generation, step",
         [name, wanted],
     )

@@ -1,7 +1,8 @@
 """``History``: what happened in one run, or in all runs under a storage URL, as rows and as SQL.
 
 A snapshot of storage when it was made. Owns the order and the shape of the rows handed to people and programs;
-what they mean is in ``views.sql``. Must never need a cluster; importing it loads neither DuckDB nor a driver.
+what they mean is in ``views.sql`` and ``accounts.sql``. Must never need a cluster; importing it loads neither DuckDB
+nor a storage driver.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class History:
         """Everything but metrics and single events, ready for ``json.dumps`` (not-finite numbers are ``null``)."""
         skipped = {"metrics", "lineage"}
         views = {view: self.rows(view) for view in ORDERS if view not in skipped}
-        return jsonable({"storage": self.url, "run": self.run, "read_at": self.read_at, **views})
+        document: Row = jsonable({"storage": self.url, "run": self.run, "read_at": self.read_at, **views})
+        return document
 
     def close(self) -> None:
         """Free the memory. May run twice."""

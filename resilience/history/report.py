@@ -7,6 +7,7 @@ here but totals of what is shown. Tables fit 80 columns; text of users is never 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from resilience.history.query import History
 
 Row = dict[str, Any]
+_REASON = 80  # characters of why a generation ended; the incident has all of it
 PHASES = ("detect", "decide", "fence", "start", "restore", "first_step")
 
 
@@ -60,7 +62,13 @@ def generations_table(rows: Sequence[Row]) -> RenderableType:
             number(row["end_step"]),
             number(row["kept_steps"]),
             seconds(row["stall_s"]),
-            Text(row["reason"] or ("-" if row["started_at"] else "never started")),
+            Text(
+                shorten(
+                    row["reason"] or ("-" if row["started_at"] else "never started"),
+                    _REASON,
+                    placeholder=" ...",
+                )
+            ),
         )
     return table
 

@@ -101,7 +101,8 @@ def _phase(history: History, run: str, row: dict[str, Any], recovering: bool) ->
 
 def _tiers(history: History, run: str) -> dict[str, dict[str, Any]]:
     rows = history.sql(
-        "SELECT tier, step, generation, age_s FROM checkpoints WHERE run = ? AND state = 'kept' ORDER BY step, generation",
+        "SELECT tier, step, generation, age_s FROM checkpoints WHERE run = ? AND state = 'kept'"
+        " ORDER BY step, generation",
         [run],
     )
     return {row["tier"]: row for row in rows}  # the last of each tier is its newest

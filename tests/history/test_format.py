@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from resilience.history import format
+from resilience.history import format as wording
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from resilience.history import format
     ],
 )
 def test_seconds(value: float | None, text: str) -> None:
-    assert format.seconds(value) == text
+    assert wording.seconds(value) == text
 
 
 @pytest.mark.parametrize(
@@ -40,25 +40,25 @@ def test_seconds(value: float | None, text: str) -> None:
     ],
 )
 def test_size(value: int | None, text: str) -> None:
-    assert format.size(value) == text
+    assert wording.size(value) == text
 
 
 def test_blamed() -> None:
-    assert format.blamed({"rank": 2, "node": "a", "card": "a/0"}) == "rank 2 on a/0"
-    assert format.blamed({"rank": None, "node": "a", "card": None}) == "a"
-    assert format.blamed({"rank": 0}) == "rank 0"
-    assert format.blamed({}) == "unknown"
+    assert wording.blamed({"rank": 2, "node": "a", "card": "a/0"}) == "rank 2 on a/0"
+    assert wording.blamed({"rank": None, "node": "a", "card": None}) == "a"
+    assert wording.blamed({"rank": 0}) == "rank 0"
+    assert wording.blamed({}) == "unknown"
 
 
 def test_count() -> None:
-    assert [format.count(n, "step") for n in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
+    assert [wording.count(n, "step") for n in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
 
 
 def test_a_pipe_is_wide_and_has_no_colours(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    console = format.console()
+    console = wording.console()
     assert console.width == 160
     console.print("x", style="red")
     assert capsys.readouterr().out == "x\n"

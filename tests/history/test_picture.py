@@ -80,3 +80,17 @@ def test_values_that_are_not_finite_are_gaps(tmp_path: Path, build: ModuleType) 
     it = History(str(tmp_path))
     assert text(it).count("*") == 2  # one point, one in the legend
     assert picture(it, tmp_path / "p.png") == tmp_path / "p.png"
+
+
+def test_the_curve_is_of_one_rank(tmp_path: Path, build: ModuleType) -> None:
+    # Rank 0 was killed with its last value; rank 1 logged the loss of other samples.
+    run = build.Builder(str(tmp_path), "r")
+    run.start(0.0)
+    run.fence(1.0, 1)
+    run.ranks(1.0, done_at=2.0)
+    run.tell(3.0, "metrics.logged", {"values": [{"step": 0, "loss": 1.0}]}, rank=0)
+    run.tell(3.0, "metrics.logged", {"values": [{"step": 0, "loss": 9.0}, {"step": 1, "loss": 9.0}]}, rank=1)
+    run.seal()
+    it = History(str(tmp_path))
+    assert drawing(it).curve == [(0, 1.0)]
+    assert [(row["rank"], row["loss"]) for row in it.rows("metrics")] == [(0, 1.0), (1, 9.0)]
