@@ -103,7 +103,7 @@ def busy(saves: Saves, cadence: Cadence, now: float) -> bool:
         return False
     save = saves.steps[max(saves.steps)]
     shared = save.tiers.get(SHARED)
-    settled = save.abandoned or (shared is not None and (shared.done or shared.failed))
+    settled = save.closed or (shared is not None and (shared.done or shared.failed))
     return not settled and now - save.since < max(_GIVE_UP_S, 3.0 * cadence.durable_s)
 
 

@@ -156,11 +156,17 @@ def _retire(turn: Turn) -> None:
     if state.phase not in recovery.LIVE:
         return
     policy = state.policy
-    refs = retention.retire(state.kept, keep_last=policy.keep_last, keep_every=policy.keep_every)
+    chosen = retention.retire(state.kept, keep_last=policy.keep_last, keep_every=policy.keep_every)
+    # A slow shared tier would never see a checkpoint whole if newer ones on the nodes retired it on its way.
+    way = saves.draining(state.saves)
+    refs = tuple(ref for ref in chosen if ref not in way)
     if not refs:
         return
     gone = set(refs)
-    turn.put(kept=tuple(entry for entry in state.kept if entry.ref not in gone))
+    turn.put(
+        kept=tuple(entry for entry in state.kept if entry.ref not in gone),
+        saves=saves.close(state.saves, refs),
+    )
     turn.do(Retire(refs))
     for ref in refs:
         turn.record("checkpoint.retired", {"generation": ref.generation}, step=ref.step)

@@ -66,7 +66,7 @@ def saved(turn: Turn) -> bool:
     if newest is None:
         return True
     shared = newest.tiers.get(SHARED)
-    return newest.abandoned or (shared is not None and (shared.done or shared.failed))
+    return newest.closed or (shared is not None and (shared.done or shared.failed))
 
 
 def _deadline(turn: Turn) -> float:

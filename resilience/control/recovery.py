@@ -36,7 +36,8 @@ def node_lost(turn: Turn, *events: NodeLost) -> None:
         state = turn.state
         ranks = [assignment.rank for assignment in state.table if assignment.card.node == event.name]
         # A node all of whose ranks have finished matters only while it holds bytes that are nowhere else yet.
-        if any(rank not in state.pages.finished for rank in ranks) or (ranks and not saved(turn)):
+        over = state.phase in LIVE and all(rank in state.pages.finished for rank in ranks) and saved(turn)
+        if ranks and not over:
             cause = f"node {event.name} was lost: {event.reason}"
             failed_at = min(turn.now, event.last_seen)
             fail(turn, Signal(turn.now, failed_at, blame.HARDWARE, "node", cause, None, event.name))
@@ -65,7 +66,7 @@ def card_faulted(turn: Turn, event: CardFaulted) -> None:
     )
     turn.put(cluster=state.cluster.exclude(event.card))
     rank = next((a.rank for a in state.table if a.card == event.card), None)
-    if rank is None or rank in state.pages.finished:
+    if rank is None or (state.phase in LIVE and rank in state.pages.finished):
         return
     cause = f"card {event.card} reported {event.code}" + (f": {event.detail}" if event.detail else "")
     signal = Signal(turn.now, event.at, blame.HARDWARE, "card", cause, rank, event.card.node, str(event.card))
@@ -299,7 +300,7 @@ def _worth(turn: Turn) -> frozenset[int]:
     return frozenset(
         step
         for step, save in saves.steps.items()
-        if saves.sealed(step) and not save.committed() and not save.abandoned
+        if saves.sealed(step) and not save.committed() and not save.closed
     )
 
 
@@ -333,7 +334,7 @@ def _abandon(turn: Turn) -> None:
     orphans = set(turn.state.orphans)
     for save in saves.steps.values():
         orphans.update((save.ref, name) for name, tier in save.tiers.items() if tier.asked and not tier.done)
-        if not save.committed() and not save.abandoned:
+        if not save.committed() and not save.closed:
             reason = "its generation ended before every rank's part was durable"
             turn.record("checkpoint.abandoned", {"reason": reason}, step=save.ref.step)
     turn.put(orphans=frozenset(orphans))

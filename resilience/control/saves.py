@@ -6,6 +6,7 @@ and only when every rank's part is durable. It knows nothing of phases: a fence 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from resilience.control.commands import Commit
@@ -43,7 +44,7 @@ class Save:
     sealed: Ranks = field(default_factory=Ranks)
     stall_s: float = 0.0
     tiers: dict[str, TierSave] = field(default_factory=dict)
-    abandoned: bool = False
+    closed: bool = False  # nothing about it counts any more
 
     def committed(self) -> bool:
         return any(tier.done for tier in self.tiers.values())
@@ -51,6 +52,10 @@ class Save:
     def pending(self) -> bool:
         """Whether a commit was sent and not yet answered."""
         return any(tier.asked and not tier.done and not tier.failed for tier in self.tiers.values())
+
+    def idle(self) -> bool:
+        """Whether no tier has it and nothing says that it still goes to the shared one."""
+        return not self.committed() and SHARED not in self.tiers
 
     def tier(self, name: str, world: int) -> TierSave:
         return self.tiers.get(name) or TierSave(Vec.filled(world, None))
@@ -78,7 +83,7 @@ class Saves:
         if generation != self.generation or generation == 0 or step < self.floor:
             return False
         save = self.steps.get(step)
-        return save is None or not save.abandoned
+        return save is None or not save.closed
 
     def get(self, step: int, at: float) -> Save:
         return self.steps.get(step) or Save(CheckpointRef(step, self.generation), at)
@@ -159,17 +164,39 @@ def commit(saves: Saves, step: int, tier: str, at: float) -> tuple[Saves, tuple[
     if save is None:
         return saves, ()
     saves = saves.put(save.put(tier, replace(save.tier(tier, saves.world), done=True)), at)
+    # Writers work in order of steps: when every rank has persisted a newer step in a tier, an older one that is not
+    # complete there never will be. Those still on their way to the shared tier are left alone by a nearer one.
+    over = [
+        old.ref
+        for old in saves.steps.values()
+        if old.ref.step < step and not old.closed and not old.pending() and (tier == SHARED or old.idle())
+    ]
+    abandoned = tuple(ref for ref in over if not saves.steps[ref.step].committed())
+    return close(saves, over), abandoned
+
+
+def close(saves: Saves, refs: Iterable[CheckpointRef]) -> Saves:
+    """Nothing about ``refs`` counts any more. What is closed without a gap from below is forgotten."""
     steps = dict(saves.steps)
-    abandoned = []
-    for old in saves.steps.values():
-        if old.ref.step >= step or old.pending() or (tier != SHARED and SHARED in old.tiers):
+    for ref in refs:
+        if ref.step in steps and ref.generation == saves.generation:
+            steps[ref.step] = replace(steps[ref.step], closed=True)
+    still = [step for step, save in steps.items() if not save.closed]
+    floor = max(saves.floor, min(still)) if still else saves.floor
+    return replace(saves, floor=floor, steps={step: save for step, save in steps.items() if step >= floor})
+
+
+def draining(saves: Saves) -> frozenset[CheckpointRef]:
+    """Saves with a commit unanswered, or on their way to the shared tier: those that have parts there, and the
+    oldest that may still get there, which is the one the writers are at."""
+    way = [save.ref for save in saves.steps.values() if save.pending()]
+    oldest = True
+    for step in sorted(saves.steps):
+        save = saves.steps[step]
+        shared = save.tiers.get(SHARED)
+        if save.closed or (shared is not None and (shared.done or shared.failed)):
             continue
-        # Writers work in order of steps: when every rank has persisted a newer step in a tier, an older one
-        # that is not complete there never will be.
-        if not old.committed() and not old.abandoned:
-            abandoned.append(old.ref)
-            steps[old.ref.step] = replace(old, abandoned=True)
-        if tier == SHARED:
-            del steps[old.ref.step]
-    floor = min(steps) if tier == SHARED else saves.floor
-    return replace(saves, steps=steps, floor=max(saves.floor, floor)), tuple(abandoned)
+        if oldest or shared is not None:
+            way.append(save.ref)
+        oldest = False
+    return frozenset(way)

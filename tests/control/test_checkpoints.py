@@ -35,7 +35,23 @@ def test_the_newest_shared_one_stays_while_shared_storage_is_away(make_world):
     world = make_world(keep_last=1).run_to_step(11)
     world.drop = lambda event: getattr(event, "tier", "") == "shared"
     world.run_to_step(60).run_for(0.2)
-    assert [entry.ref.step for entry in world.state.kept] == [60, 10]
+    # 20 is the one the writers are at: retiring it for newer ones on the nodes would never let any arrive.
+    assert [entry.ref.step for entry in world.state.kept] == [60, 20, 10]
+
+
+def test_a_retired_checkpoint_is_never_committed_again(make_world):
+    world = make_world(keep_last=1).run_to_step(11)
+    held = []
+    world.drop = lambda event: getattr(event, "tier", "") == "shared" and not held.append(event)
+    world.run_to_step(60).run_for(0.2)
+    gone = {ref for command in world.made(c.Retire) for ref in command.refs}
+    assert {ref.step for ref in gone} == {30, 40, 50}
+    world.drop = lambda event: False
+    for event in held:
+        world.send(event)
+    world.run_for(1)
+    assert not [commit for commit in world.made(c.Commit) if commit.ref in gone and commit.tier == "shared"]
+    assert {entry.ref.step for entry in world.state.kept} == {60}
 
 
 def test_a_failed_save_is_told_with_the_age_of_the_last_good_one_and_training_goes_on(make_world):
