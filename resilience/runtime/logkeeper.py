@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from resilience.checkpoint import retention
+from resilience.checkpoint import retention, zarr_view
 from resilience.checkpoint.part import Part, directory
 from resilience.control import commands as c
 from resilience.control import events as e
@@ -155,10 +155,6 @@ class LogKeeper:
 
     def _describe_checkpoint(self, ref: CheckpointRef, parts: tuple[tuple[int, str, str, str], ...]) -> None:
         """Write what plain Zarr needs beside the packs: metadata and chunk references."""
-        try:
-            from resilience.checkpoint import zarr_view
-        except ImportError:
-            return
         where = directory(ref.step, ref.generation)
         loaded = [
             Part.decode(self._storage.read(name), path=name) for _rank, _node, name, _sha256 in sorted(parts)
