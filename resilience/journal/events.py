@@ -150,18 +150,18 @@ class EventWriter:
         with self._sealing:
             while True:
                 with self._lock:
-                    lost, self._lost = self._lost, []
-                for first, last in lost:
+                    if not self._batch:
+                        # Frozen from here on: after a lost reply the same bytes must go to the same name.
+                        self._batch, self._buffer = self._buffer, []
+                    batch = self._batch
+                    lost, self._lost = ([], self._lost) if batch else (self._lost, [])
+                for first, last in lost:  # told when there is room again
                     message = (
                         f"events {first}..{last} of {self._source} were dropped: storage was away too long"
                     )
                     self.emit("warning.raised", {"message": message}, severity="warning")
-                with self._lock:
-                    if not self._batch:
-                        # Frozen from here on: after a lost reply the same name must be offered the same
-                        # bytes.
-                        self._batch, self._buffer = self._buffer, []
-                    batch = self._batch
+                if lost:
+                    continue
                 if not batch:
                     return
                 name = segment_name(self._generation, self._source, batch[0][0], batch[-1][0])

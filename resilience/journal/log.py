@@ -12,7 +12,6 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from resilience.errors import CorruptError, FencedError, InvalidError
@@ -22,19 +21,12 @@ from storage_backends.base import Storage
 _NAME = re.compile(r"log/(\d{20})\.json")
 _PREFETCH_ABOVE = 8  # unread slots from which reading them in parallel is worth threads
 _PREFETCH_THREADS = 16
+_REMEMBERED = 16  # writes of unknown outcome; an older one that lands is read like anybody's
 
 
 def slot_name(slot: int) -> str:
     """The object that holds a slot."""
     return f"log/{slot:020d}.json"
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """A record offered to storage, outcome not known (yet): it may land at its slot, and only there."""
-
-    record: Record
-    data: bytes
 
 
 class CommitLog:
@@ -61,7 +53,7 @@ class CommitLog:
         self._newest: Record | None = None  # the newest fence in the log
         self._base: str | None = None  # writer of the fence we write under (or began to fence over)
         self._generation = 0
-        self._attempts: list[_Attempt] = []  # may still land
+        self._attempts: list[Record] = []  # offered to the next slot, outcome unknown: may still land
         self._landed: list[Record] = []  # did land, unknown to our caller yet
 
     @property
@@ -126,36 +118,36 @@ class CommitLog:
             if kind is Kind.FENCE and self._newest is not None:
                 generation = max(generation, self._newest.generation + 1)
             self._confirm_tail()
-            attempt = self._draft(kind, generation, body)
+            record = self._draft(kind, generation, body)
+            data = encode(record)
             # Any exception from here on leaves the attempt noted: it may have landed, or land later.
-            held = self._storage.create(slot_name(attempt.record.slot), attempt.data)
+            held = self._storage.create(slot_name(record.slot), data)
             if held is None:
-                self._admit(attempt.data, attempt.record, durable=True)
-                self._landed.remove(attempt.record)
-                return attempt.record
+                self._admit(data, record, durable=True)
+                self._landed.remove(record)
+                return record
             self._admit(held, self._decode(held), durable=True)  # create answers with durable bytes
             self._check_in_charge()
             landed = self._claim(kind, body, at_least=generation)
             if landed is not None:
                 return landed
 
-    def _draft(self, kind: Kind, generation: int, body: dict[str, Any]) -> _Attempt:
-        """What to offer to the next slot: bytes already offered to it for the same purpose, or new ones."""
+    def _draft(self, kind: Kind, generation: int, body: dict[str, Any]) -> Record:
+        """What to offer to the next slot: what was already offered to it for the same purpose, or new."""
+        for record in self._attempts:
+            if (record.kind, record.generation, record.body) == (kind, generation, body):
+                return record
         slot = len(self._records) + FIRST_SLOT
-        for attempt in self._attempts:
-            record = attempt.record
-            if (record.slot, record.kind, record.generation, record.body) == (slot, kind, generation, body):
-                return attempt
         prev = digest(self._tail) if self._records else None
         record = Record(slot, kind, generation, self._new_id(), prev, body)
-        attempt = _Attempt(record, encode(record))
-        self._attempts.append(attempt)
-        return attempt
+        self._attempts = [*self._attempts[1 - _REMEMBERED :], record]
+        return record
 
     def _claim(self, kind: Kind, body: dict[str, Any], *, at_least: int) -> Record | None:
         """Our own earlier write of the same thing, if it turned out to have landed, its reply lost."""
         for record in self._landed:
             if record.kind is kind and record.body == body and record.generation >= at_least:
+                self._confirm_tail()  # found is not yet durable, and our caller is about to acknowledge it
                 self._landed.remove(record)
                 return record
         return None
@@ -164,9 +156,8 @@ class CommitLog:
         """Make sure the newest record is durable before a record refers to it by ``prev``.
 
         A record that we read may be visible and not yet durable: its writer died between the two. Without
-        this, a power failure could keep our record and lose the one before it. ``create`` of identical bytes
-        is
-        exactly the promise needed: on return they are durable.
+        this, a power failure could keep our record and lose the one before it. ``create`` of identical
+        bytes is the promise needed: on return they are durable.
         """
         if self._tail_durable:
             return
@@ -237,12 +228,10 @@ class CommitLog:
     def _admit(self, data: bytes, record: Record, *, durable: bool = False) -> None:
         self._records.append(record)
         self._tail, self._tail_durable = data, durable
-        for attempt in self._attempts:
-            if attempt.record.writer == record.writer:
-                self._landed.append(record)
-        ours = bool(self._landed) and self._landed[-1] is record
-        # The slot is taken for good: whatever else was offered to it can no longer land.
-        self._attempts = [attempt for attempt in self._attempts if attempt.record.slot > record.slot]
+        ours = any(attempt.writer == record.writer for attempt in self._attempts)
+        if ours:
+            self._landed = [*self._landed[1 - _REMEMBERED :], record]
+        self._attempts = []  # the slot is taken for good: whatever else was offered to it can no longer land
         if record.kind is Kind.FENCE and (
             self._newest is None or record.generation > self._newest.generation
         ):

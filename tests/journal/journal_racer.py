@@ -139,9 +139,8 @@ def kill_in(directory: str, rounds: int, draw: random.Random, totals: dict[str, 
         check(directory, reader, told)
     fresh = CommitLog(PosixStorage(directory), new_id=new_id).refresh()
     assert fresh == reader.refresh()
-    print(
-        json.dumps({"killed": killed, "at_points": at_points, "slots": len(fresh), "acknowledged": len(told)})
-    )
+    totals["slots"] += len(fresh)
+    totals["acknowledged"] += len(told)
 
 
 def check(directory: str, reader: CommitLog, told: dict[int, str]) -> None:
@@ -159,7 +158,35 @@ def check(directory: str, reader: CommitLog, told: dict[int, str]) -> None:
         assert record.generation == generation, f"slot {record.slot} is of generation {record.generation}"
 
 
+def in_place(self: PosixStorage, name: str, data: bytes) -> bytes | None:
+    """A broken create: the name is there before the bytes are (``open(name, "xb")``)."""
+    final = f"{self.url.removeprefix('file://')}/{name}"
+    os.makedirs(os.path.dirname(final), exist_ok=True)
+    try:
+        fd = posix.open_new(final)
+    except FileExistsError:
+        held = self.read(name)
+        return None if held == data else held
+    posix.write_all(fd, memoryview(data))
+    posix.sync_file(fd, len(data), final)
+    os.close(fd)
+    return None
+
+
+def check_then_write(self: PosixStorage, name: str, data: bytes) -> bytes | None:
+    """A broken create: exists(), then write (fsspec's local ``mode="create"``)."""
+    try:
+        held = self.read(name)
+        return None if held == data else held
+    except FileNotFoundError:
+        with self.sink(name) as sink:
+            sink.write(data)
+        return None
+
+
 if __name__ == "__main__":
+    if sys.argv[-1] in ("in_place", "check_then_write"):  # to show that the test can fail
+        PosixStorage.create = globals()[sys.argv.pop()]  # type: ignore[method-assign]
     if sys.argv[1] == "race":
         race(sys.argv[2])
     else:

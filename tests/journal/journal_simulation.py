@@ -46,7 +46,7 @@ class Faults:
     power: int = 2  # every client dies; what was not synced may be gone
     kill: int = 3  # one client dies
     land: int = 20  # a write given up for lost lands after all, maybe for the second time
-    unavailable: int = 12  # a step fails: 503, 409, EIO
+    unavailable: int = 24  # a step fails: 503, 409, EIO
     lost_reply: int = 30
     delayed: int = 20  # a create reported unavailable is still on its way (object stores)
     stale_list: int = 128
@@ -366,7 +366,12 @@ def save(me: Client, step: int) -> Record | None:
 
 
 def commit(me: Client, kind: Kind, body: dict[str, Any]) -> Record | None:
-    record = me.insist(lambda: me.log.append(kind, body))
+    def once() -> Record:
+        if me.world.choices.next(2):
+            me.log.refresh()  # may find what an earlier try has left
+        return me.log.append(kind, body)
+
+    record = me.insist(once)
     if record is not None:
         me.world.acked.append(record)
         me.world.answers.append((str(body.get("op")), record))

@@ -56,7 +56,7 @@ class Optimist(CommitLog):
         except UnavailableError:
             if kind is Kind.FENCE or not self._attempts:
                 raise
-            return self._attempts[-1].record
+            return self._attempts[-1]
 
 
 class Unconfirmed(CommitLog):
@@ -66,11 +66,22 @@ class Unconfirmed(CommitLog):
         pass
 
 
+class Hasty(CommitLog):
+    """Answers with a record that it merely found: visible is not durable."""
+
+    def _claim(self, *args: Any, **kwargs: Any) -> Record | None:
+        self._tail_durable, before = True, self._tail_durable
+        try:
+            return super()._claim(*args, **kwargs)
+        finally:
+            self._tail_durable = before
+
+
 class Stubborn(CommitLog):
     """Having lost a slot, tries for the same one again."""
 
     def _admit(self, data: bytes, record: Record, *, durable: bool = False) -> None:
-        if not (durable and record.writer not in [attempt.record.writer for attempt in self._attempts]):
+        if not (durable and record.writer not in [attempt.writer for attempt in self._attempts]):
             super()._admit(data, record, durable=durable)
 
 
@@ -201,6 +212,7 @@ MUTATIONS: list[tuple[str, Callable[..., Any], Parts]] = [
     ("p3 <= for <", obligations.p3_fencing, Parts(log=NotAbove)),
     ("p4 unknown taken for success", obligations.p4_no_lost_acknowledgement, Parts(log=Optimist)),
     ("p4 no directory fsync", obligations.p4_no_lost_acknowledgement, Parts(storage=NoDirectorySync)),
+    ("p4 found taken for durable", obligations.p4_no_lost_acknowledgement, Parts(log=Hasty)),
     ("p5 written in place", obligations.p5_no_phantom, Parts(storage=InPlace)),
     ("p5 no fsync", obligations.p5_no_phantom, Parts(storage=NoSync)),
     ("p6 no read-back", obligations.p6_idempotence, Parts(log=NoReadBack)),

@@ -9,7 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import resilience
+from resilience.errors import CorruptError
 from resilience.journal.log import CommitLog
 from resilience.journal.records import Kind
 from storage_backends.posix import PosixStorage
@@ -20,56 +23,85 @@ KILL_ROUNDS = 100  # two writers each
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
+    errors = subprocess.DEVNULL if arguments[-1] in ("in_place", "check_then_write") else None
     root = str(Path(resilience.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(RACER), *arguments]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env=environment,
+        bufsize=1,
     )
 
 
-def test_p1_real_processes_agree(tmp_path: Path) -> None:
-    """Three processes race for every slot of sixty logs; each slot has the one owner that was told so."""
-    racers = [start("race", str(number)) for number in range(3)]
-    fenced = contended = 0
+def race(directory: Path, rounds: int, *broken: str) -> dict[str, int]:
+    """Three processes race for every slot of so many logs; AssertionError when a log is not what they were told."""
+    racers = [start("race", str(number), *broken) for number in range(3)]
+    seen = {"fenced": 0, "contended": 0}
     try:
-        for number in range(RACES):
-            directory = tmp_path / f"run-{number}"
+        for number in range(rounds):
+            run = directory / f"run-{number}"
             begin = time.monotonic_ns() + 3_000_000
             for racer in racers:
                 assert racer.stdin is not None
-                racer.stdin.write(f"{begin} {directory}\n")
+                racer.stdin.write(f"{begin} {run}\n")
             answers = []
             for racer in racers:
                 assert racer.stdout is not None
-                answers.append(json.loads(racer.stdout.readline()))
-            fenced += sum(answer["fenced"] for answer in answers)
+                line = racer.stdout.readline()
+                assert line, "a racer gave up"
+                answers.append(json.loads(line))
             owners = [(slot, writer) for answer in answers for slot, writer in answer["won"]]
-            found = CommitLog(PosixStorage(directory), new_id=str).refresh()
+            found = CommitLog(PosixStorage(run), new_id=str).refresh()
             # Nobody was killed: what was won was told, to one process only, and nothing else is there.
             assert sorted(owners) == [(record.slot, record.writer) for record in found]
             fences = [record.generation for record in found if record.kind is Kind.FENCE]
             assert fences == sorted(set(fences))
-            contended += len(fences) > 1
+            seen["fenced"] += sum(answer["fenced"] for answer in answers)
+            seen["contended"] += len(fences) > 1
     finally:
         for racer in racers:
             racer.communicate(timeout=20)  # the end of its input is the end of it
-    assert fenced > RACES / 4, "they hardly met"
-    assert contended > 0
+    return seen
 
 
-def test_p5_killed_writers_leave_a_whole_record_or_none(tmp_path: Path) -> None:
-    """Two hundred writers die by SIGKILL, most of them at a point of the protocol, on one log."""
-    helper = start("kill", str(tmp_path / "run"), str(KILL_ROUNDS), "7")
+def kill(directory: Path, rounds: int, *broken: str) -> dict[str, int] | None:
+    """What the helper counted; ``None`` when it found the log broken."""
+    helper = start("kill", str(directory), str(rounds), "7", *broken)
     try:
-        output, _ = helper.communicate(timeout=90)
+        output, _ = helper.communicate(timeout=120)
     finally:
         if helper.poll() is None:
             helper.kill()
             helper.wait()
-    assert helper.returncode == 0
-    told = json.loads(output)
-    assert told["killed"] == 2 * KILL_ROUNDS
-    assert told["at_points"] > KILL_ROUNDS / 2
-    assert told["acknowledged"] > KILL_ROUNDS / 2
-    assert told["slots"] >= told["acknowledged"]
+    return json.loads(output) if helper.returncode == 0 else None
+
+
+def test_p1_real_processes_agree(tmp_path: Path) -> None:
+    """Each slot has the one owner that was told so."""
+    seen = race(tmp_path, RACES)
+    assert seen["fenced"] > RACES / 4, "they hardly met"
+    assert seen["contended"] > 0
+
+
+def test_p5_killed_writers_leave_a_whole_record_or_none(tmp_path: Path) -> None:
+    """Two hundred writers die by SIGKILL, most of them at a point of the protocol."""
+    seen = kill(tmp_path / "run", KILL_ROUNDS)
+    assert seen is not None
+    assert seen["killed"] == 2 * KILL_ROUNDS
+    assert seen["at_points"] > KILL_ROUNDS / 2
+    assert seen["acknowledged"] > KILL_ROUNDS / 2
+    assert seen["slots"] >= seen["acknowledged"]
+
+
+def test_p1_a_create_that_races_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises((AssertionError, CorruptError)):
+        race(tmp_path, RACES, "check_then_write")
+
+
+def test_p5_a_create_in_place_is_noticed(tmp_path: Path) -> None:
+    assert kill(tmp_path / "run", KILL_ROUNDS, "in_place") is None
