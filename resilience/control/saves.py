@@ -135,7 +135,7 @@ def persist(saves: Saves, event: Persisted) -> tuple[Saves, Commit | None]:
         size=tier.size + event.size,
     )
     commit = None
-    if tier.ranks.count == saves.world and not tier.asked and not tier.failed:
+    if tier.ranks.count == saves.world and not tier.failed:
         parts = tuple((rank, *part) for rank, part in enumerate(tier.parts) if part is not None)
         commit = Commit(save.ref, event.tier, parts)
         tier = replace(tier, asked=True)

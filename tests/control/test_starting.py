@@ -177,3 +177,25 @@ def test_a_node_with_a_broken_environment_later_is_left_out(make_world):
     world.send(e.LoadFailed(world.now, "node-5", "ModuleNotFoundError: torchh", "Traceback ..."))
     assert world.state.phase is Phase.RUNNING
     assert world.records("warning.raised")
+
+
+def test_an_older_fence_is_no_answer(make_world):
+    world = make_world().run_to_step(23)
+    world.silent.add(c.Fence)
+    world.kill(2).run_for(1).mark()
+    world.send(e.Fenced(world.now, world.running))
+    assert world.state.attempt.won == 0
+    assert not world.made(c.StartRanks)
+
+
+def test_only_an_answer_to_our_own_order_says_that_a_node_is_clear(make_world):
+    world = make_world().run_to_step(23)
+    world.kill(2).run_to(Phase.RUNNING).mark()
+    node = world.card_of(0).node
+    world.send(e.RanksStopped(world.now, world.running, node))  # nobody was told to stop anything
+    world.silent.add(c.StopRanks)
+    world.kill(2)
+    world.send(e.RanksStopped(world.now, world.running - 1, node))  # an older order's answer
+    assert node in world.state.running
+    world.send(e.RanksStopped(world.now, world.running, node))
+    assert node not in world.state.running
