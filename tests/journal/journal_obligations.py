@@ -10,17 +10,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 import pytest
-from journal_simulation import (
-    SLOT,
-    Choices,
-    Client,
-    Faults,
-    Parts,
-    World,
-    begin,
-    supervise,
-    verify,
-)
+from journal_clients import Parts, begin, supervise, verify
+from journal_simulation import SLOT, Choices, Client, Faults, World
 
 from resilience.errors import CorruptError
 from resilience.journal.log import CommitLog

@@ -11,7 +11,8 @@ from typing import Any
 
 import journal_obligations as obligations
 import pytest
-from journal_simulation import Client, Parts, SimStorage, commit, save, write_data
+from journal_clients import Parts, commit, save, write_data
+from journal_simulation import Client, SimStorage
 
 from resilience.errors import CorruptError, FencedError, UnavailableError
 from resilience.journal import records
