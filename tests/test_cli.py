@@ -252,6 +252,26 @@ def test_verify_a_missing_pack_and_a_missing_part(saved: Path) -> None:
     assert "1 whole, 2 damaged" in result.stdout
 
 
+def test_verify_of_a_run_that_goes_on(
+    saved: Path, build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Between reading the log and reading the packs the run retires step 10 and deletes it: that is no damage.
+    from resilience.cli import verify
+    from resilience.journal.records import Kind
+
+    def retire(_reader: object) -> None:
+        run = build.Builder(str(saved / "runs"), "r", source="supervisor-2")
+        run.fence(9.0, 2)
+        run.log.append(Kind.RETIRE, {"refs": [{"step": 10, "generation": 1}]})
+        for path in (saved / "runs/r/checkpoints/step-10-g1").iterdir():
+            path.unlink()
+
+    monkeypatch.setattr(verify, "_nvme", retire)
+    result = _verify(saved)
+    assert result.exit_code == 0, result.output
+    assert "step 10, generation 1, shared: retired meanwhile" in result.stdout
+
+
 def test_verify_says_what_is_not_on_this_machine(saved: Path) -> None:
     (saved / "nvme/r/node-b").rename(saved / "elsewhere")
     result = _verify(saved)

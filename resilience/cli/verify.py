@@ -32,9 +32,12 @@ class Checked:
     size: int
     damage: list[CorruptError] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    retired: bool = False  # by the run, while it was being read: its bytes may be gone, and that is no damage
 
     @property
     def verdict(self) -> str:
+        if self.retired:
+            return "retired meanwhile"
         if self.damage:
             return "damaged"
         return "not on this machine" if self.absent else "whole"
@@ -128,8 +131,9 @@ def _check(reader: RunReader, checkpoint: Checkpoint, tier: str, nvme: str | Non
 
     found = list(verify(sources, step=checkpoint.step, generation=checkpoint.generation, progress=told))
     if found and _retired_since(reader, checkpoint):
-        return result  # the run goes on: it deleted this one while we read it
-    result.damage.extend(found)
+        result.retired = True
+    else:
+        result.damage.extend(found)
     return result
 
 
@@ -184,7 +188,11 @@ def _sum_up(results: list[Checked], log: int) -> None:
     from resilience.history.format import count
 
     verdicts = [result.verdict for result in results]
-    parts = [f"{verdicts.count(v)} {v}" for v in ("whole", "damaged", "not on this machine") if v in verdicts]
+    parts = [
+        f"{verdicts.count(v)} {v}"
+        for v in ("whole", "damaged", "not on this machine", "retired meanwhile")
+        if v in verdicts
+    ]
     text = ", ".join(parts) or "no checkpoints"
     click.echo(
         text

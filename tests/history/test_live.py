@@ -82,10 +82,20 @@ def test_a_turn_is_told_at_once() -> None:
         view.update(
             {**SNAPSHOT, "phase": "fencing", "recovering": "rank 2 was killed: restart", "incidents": 1}
         )
-    last = out.getvalue().splitlines()[-1]
+        last = out.getvalue().splitlines()[-1]
     assert (
         "fencing" in last and "recovering from: rank 2 was killed: restart" in last and "1 incident" in last
     )
+
+
+def test_the_end_is_always_told() -> None:
+    out, clock = io.StringIO(), Clock()
+    with LiveView("plain", stream=out, clock=clock) as view:
+        view.update(SNAPSHOT)
+        clock.now = 0.5
+        view.update({**SNAPSHOT, "step": 11})
+        assert "step 11" not in out.getvalue()  # too soon after the line before
+    assert "step 11" in out.getvalue().splitlines()[-1]
 
 
 def test_incidents_may_be_a_list() -> None:

@@ -83,6 +83,15 @@ def test_a_damaged_log_record_is_a_warning_and_the_others_count(tmp_path: Path, 
     assert told[40, "shared"] is True
 
 
+def test_every_damaged_log_record_is_named(tmp_path: Path, build: ModuleType) -> None:
+    build.whole_run(str(tmp_path))
+    for slot in (3, 6):
+        record = tmp_path / "demo/log" / f"{slot:020d}.json"
+        record.write_bytes(record.read_bytes().replace(b'"size":4000', b'"size":4001'))
+    named = {row["path"] for row in History(str(tmp_path)).warnings}
+    assert named == {f"log/{3:020d}.json", f"log/{6:020d}.json"}
+
+
 def test_a_missing_log_record_is_a_warning(tmp_path: Path, build: ModuleType) -> None:
     build.whole_run(str(tmp_path))
     (tmp_path / "demo/log" / f"{6:020d}.json").unlink()
