@@ -29,7 +29,7 @@ class Chaos:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._runs: list[str] = []
+        self.runs: list[str] = []
         self._files = leaks.files_of_ours()
 
     def __enter__(self) -> Chaos:
@@ -46,7 +46,7 @@ class Chaos:
     def options(self, job: Job, faults: Sequence[Fault] = (), **options: Any) -> Job:
         """``job`` with a name, storage and nvme tier of its own, and ``faults`` planned."""
         name = options.pop("name", None) or f"{job.name}-{os.getpid()}-{next(_numbers)}"
-        self._runs.append(name)
+        self.runs.append(name)
         base: dict[str, Any] = {"storage": self.storage, "nvme": self.nvme, "card": "card"}
         return job.options(**{**base, **options}, name=name, faults=tuple(f.to_json() for f in faults))
 
@@ -75,7 +75,7 @@ class Chaos:
 
     def check_no_leaks(self) -> None:
         """Nothing of any run of ours is left."""
-        for run in self._runs:
+        for run in self.runs:
             left = leaks.wait_until_gone(run)
             if left:
                 raise AssertionError(f"run {run} left processes behind:\n" + "\n".join(left))

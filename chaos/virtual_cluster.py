@@ -18,6 +18,12 @@ from ray.cluster_utils import Cluster
 
 from resilience.runtime.nodes import LEVEL_LABEL, NODE_LABEL
 
+# A killed node is to be seen in seconds; a busy one is not to be taken for dead.
+_SYSTEM = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 8000,
+}
 _STORE_BYTES = 80 << 20  # Ray's smallest object store: only control messages and peer copies pass through it
 
 
@@ -34,6 +40,7 @@ class VirtualCluster:
         self._supernodes = supernodes or [0] * len(cards)
         self._cluster: Any = None
         self._added = 0
+        self._nodes: dict[Any, int] = {}  # Ray's handle of a node → its cards
 
     def __enter__(self) -> VirtualCluster:
         quiet = {
@@ -50,6 +57,7 @@ class VirtualCluster:
                 "num_gpus": 0,
                 "include_dashboard": False,
                 "object_store_memory": _STORE_BYTES,
+                "_system_config": _SYSTEM,
             },
         )
         for cards, supernode in zip(self._cards, self._supernodes, strict=True):
@@ -62,7 +70,7 @@ class VirtualCluster:
         """Add a node; returns its name."""
         name = f"node-{self._added}"
         self._added += 1
-        self._cluster.add_node(
+        node = self._cluster.add_node(
             wait=False,
             num_cpus=2,
             num_gpus=0,
@@ -70,18 +78,19 @@ class VirtualCluster:
             object_store_memory=_STORE_BYTES,
             labels={NODE_LABEL: name, LEVEL_LABEL.format("supernode"): f"supernode-{supernode}"},
         )
+        self._nodes[node] = cards
         return name
 
     def heal(self) -> None:
-        """Replace nodes that died, so that there are as many as at the start; returns when all are there."""
-        alive = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("card")]
-        missing = list(self._cards)
-        for node in alive:
-            with contextlib.suppress(ValueError):
-                missing.remove(int(node["Resources"]["card"]))
-        for cards in missing:
-            self.add_node(cards)
-        if missing:
+        """Replace nodes whose raylet died, so that there are as many as at the start; returns when all are there.
+
+        Looks at the processes: Ray itself takes seconds to notice.
+        """
+        dead = [node for node in self._nodes if not _raylet_alive(node)]
+        for node in dead:
+            self._cluster.remove_node(node, allow_graceful=False)
+            self.add_node(self._nodes.pop(node))
+        if dead:
             self._wait_for_cards(len(self._cards))
 
     def _wait_for_cards(self, nodes: int, timeout: float = 60.0) -> None:
@@ -98,3 +107,7 @@ class VirtualCluster:
         # A node whose raylet was killed on purpose cannot be shut down in good order; its other processes can.
         with contextlib.suppress(AssertionError):
             self._cluster.shutdown()
+
+
+def _raylet_alive(node: Any) -> bool:
+    return all(info.process.poll() is None for info in node.all_processes.get("raylet", []))

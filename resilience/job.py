@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from resilience.control.types import Outcome, Policy
 from resilience.control.types import Result as End
-from resilience.errors import ExhaustedError, FencedError, InvalidError, TrainingError, UnavailableError
+from resilience.errors import (
+    CorruptError,
+    ExhaustedError,
+    FencedError,
+    InvalidError,
+    TrainingError,
+    UnavailableError,
+)
 from resilience.run import Interrupted, LocalHost, Run
 
 if TYPE_CHECKING:
@@ -196,6 +203,7 @@ class Job:
         Raises:
             TrainingError: the function raised; the original traceback comes first.
             ExhaustedError: not enough cards by the deadline, or too many failures without progress.
+            CorruptError: checkpoints are recorded, but none of them can be restored.
             FencedError: another launch of this run took over.
             UnavailableError: storage or cluster is away.
             InvalidError: options, arguments, or what was saved does not fit.
@@ -304,6 +312,10 @@ class Job:
             case End.NO_CAPACITY | End.BUDGET_EXHAUSTED:
                 context["operation"] = outcome.result.value
                 raise ExhaustedError(outcome.reason, hint=again, **context)
+            case End.NO_CHECKPOINT:
+                raise CorruptError(
+                    outcome.reason, hint=f"resilience verify {self.name} tells what is damaged", **context
+                )
             case End.FENCED:
                 raise FencedError(outcome.reason, hint=again, **context)
         raise UnavailableError(outcome.reason, hint=again, **context)

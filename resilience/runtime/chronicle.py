@@ -1,7 +1,7 @@
 """The supervisor's pen: writes the event journal in the background, so that storage never holds up a decision.
 
 Events are sealed about once a second, at once when one is urgent. While storage is away they wait in memory,
-bounded; what had to be dropped is said in the journal when it is back.
+bounded (``EventWriter`` says in the journal what it had to drop).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from resilience.journal.events import EventWriter
 from storage_backends import Storage
 
 _SEAL_EVERY_S = 1.0
-_KEEP = 100_000
 
 
 class Chronicle:
@@ -37,7 +36,6 @@ class Chronicle:
         self._queue: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="journal", daemon=True)
         self._thread.start()
-        self.dropped = 0
         self.failing: str | None = None
 
     def write(
@@ -71,9 +69,6 @@ class Chronicle:
                 kind, value = "seal", None
             if kind == "event":
                 type_, data, subject, urgent, at = value
-                if self._writer.pending >= _KEEP:
-                    self.dropped += 1
-                    continue
                 self._writer.emit(type_, data, time=at, **subject)
                 if not urgent:
                     continue
@@ -95,10 +90,6 @@ class Chronicle:
                 self._old[0].seal()
                 self._old.popleft()
             self._writer.seal()
-            if self.dropped:
-                message = f"{self.dropped} events were dropped while storage was away"
-                self.dropped = 0
-                self._writer.emit("warning.raised", {"message": message}, severity="warning")
             self.failing = None
         except ResilienceError as error:
             # Kept: the next seal tries again. The journal only tells the story; the live view shows this.

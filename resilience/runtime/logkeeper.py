@@ -26,7 +26,9 @@ from resilience.journal.state import LogState, candidates, fold
 from resilience.runtime.chronicle import Chronicle
 from storage_backends import Storage
 
-_GRACE_S = 5.0  # between a retire record and the removal of its bytes: longer than a reader holds a file open
+_GRACE_S = (
+    60.0  # between a retire record and the removal of its bytes: whoever began to restore it is done by then
+)
 
 
 class LogKeeper:
@@ -67,6 +69,7 @@ class LogKeeper:
         self.steps = 0
         self.value: str | None = None
         self._sizes: dict[tuple[CheckpointRef, str, int], int] = {}
+        self._finished = False
         self._thread = threading.Thread(target=self._loop, name="log", daemon=True)
         self._thread.start()
 
@@ -96,7 +99,8 @@ class LogKeeper:
                 self._collect()
                 continue
             if command is None:
-                self._collect(everything=True)
+                # Nobody restores any more. What a run that did not finish leaves is collected when it goes on.
+                self._collect(everything=self._finished)
                 return
             handler: Callable[[Any], None] = getattr(self, f"_{type(command).__name__.lower()}")
             handler(command)
@@ -112,6 +116,7 @@ class LogKeeper:
             self._answer(e.FenceLost(time.monotonic(), str(error), newer=False))
             return
         self._chronicle.generation(record.generation)
+        self._resume_collecting()
         self._reach("fence.done", generation=record.generation)
         self._answer(
             e.Fenced(
@@ -123,6 +128,18 @@ class LogKeeper:
                 slot=record.slot,
             )
         )
+
+    def _resume_collecting(self) -> None:
+        """Take up what a predecessor retired and did not get to remove."""
+        known = {ref for _due, ref in self._retired}
+        try:
+            there = {name.rstrip("/").rpartition("/")[2] for name in self._storage.list("checkpoints")}
+        except ResilienceError as error:
+            self._warn(f"could not look for retired checkpoints: {error}")
+            return
+        for ref in sorted(self.state.retired - known, key=lambda ref: (ref.step, ref.generation)):
+            if str(ref) in there:
+                self._retired.append((time.monotonic() + _GRACE_S, ref))
 
     def _commit(self, command: c.Commit) -> None:
         ref, tier = command.ref, command.tier
@@ -140,7 +157,7 @@ class LogKeeper:
                         {"rank": rank, "node": node, "name": name, "sha256": sha256}
                         for rank, node, name, sha256 in command.parts
                     ],
-                    "size": sum(self._sizes.pop((ref, tier, rank), 0) for rank, *_ in command.parts),
+                    "size": sum(self._sizes.get((ref, tier, rank), 0) for rank, *_ in command.parts),
                 },
             )
             self.state = fold(self._log.refresh())
@@ -177,6 +194,7 @@ class LogKeeper:
     def _retire(self, command: c.Retire) -> None:
         refs = [{"step": ref.step, "generation": ref.generation} for ref in command.refs]
         if self._append(Kind.RETIRE, {"refs": refs}, "could not record what is retired"):
+            self._sizes = {key: size for key, size in self._sizes.items() if key[0] not in command.refs}
             for ref in command.refs:
                 self._retired.append((time.monotonic() + _GRACE_S, ref))
         self._collect()
@@ -197,7 +215,7 @@ class LogKeeper:
 
     def _finish(self, command: c.Finish) -> None:
         body = {"step": self.steps, "result": command.outcome.result.value, "value": self.value}
-        self._append(Kind.FINISH, body, "could not record that the run finished")
+        self._finished = self._append(Kind.FINISH, body, "could not record that the run finished")
 
     def _append(self, kind: Kind, body: dict[str, Any], complaint: str) -> bool:
         try:

@@ -268,15 +268,7 @@ class NodeProcesses:
             return
         self._on_pidfd(process)
         self._drain(process)
-        if process.page is not None and process.rank is not None:
-            # How far it came is known exactly only now; a second-old report would understate what is lost.
-            self._emit(
-                {
-                    "t": "progress",
-                    "generation": process.generation,
-                    "ranks": {process.rank: _progress_of(process.page, "X")},
-                }
-            )
+        step = process.page.step if process.page is not None else None
         if process.pid is not None:
             with contextlib.suppress(ProcessLookupError):  # children of the user's code, if any are left
                 os.killpg(process.pid, signal.SIGKILL)
@@ -293,6 +285,7 @@ class NodeProcesses:
                     "signal": number,
                     "told": process.told,
                     "output": tail,
+                    "step": step,
                     "condemned": process.condemned,
                 }
             )

@@ -25,6 +25,7 @@ LEVEL_LABEL = "resilience.io/{}"
 SILENCE_S = 5.0
 _LOOK_EVERY_S = 0.5
 _CLOSE_S = 15.0
+_JOIN_PATIENCE_S = 30.0
 
 
 @dataclass
@@ -138,7 +139,9 @@ class Nodes:
         """Start agents on nodes with cards, as long as more cards are wanted."""
         card = self._spec["card"]
         with self._lock:
-            have = sum(m.node.cards for m in self._members.values())
+            # An agent that does not come up (its node is dead, and Ray has not noticed) counts for a while only.
+            patience = time.monotonic() - _JOIN_PATIENCE_S
+            have = sum(m.node.cards for m in self._members.values() if m.ready or m.last_seen > patience)
             known = {m.ray_id for m in self._members.values()} | self._gone
         for ray_id, info in sorted(alive.items()):
             count = int(info["Resources"].get(card, 0))

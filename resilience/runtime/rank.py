@@ -54,7 +54,11 @@ def run_rank(function: Any, message: dict[str, Any], fds: list[int]) -> int:
     host = RankHost(message, Page(page_fd), Channel.from_fd(channel_fd))
     body = getattr(function, "function", function)
     try:
-        value = body(Run(host), **message["arguments"])
+        # Held until this process exits: dropping a process group as the user's frame goes can deadlock between
+        # gloo's thread, which wants the interpreter, and ours, which holds it and wants gloo's queue
+        # (pytorch#56297).
+        run = Run(host)
+        value = body(run, **message["arguments"])
     except Interrupted:
         host.finish(stopped=True)
         return 0

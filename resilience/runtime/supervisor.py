@@ -151,11 +151,14 @@ class Supervisor:
             os._exit(0)
 
     def _supervise(self) -> None:
+        ticked = time.monotonic()
         while self._state.phase is not Phase.DONE:
             try:
-                event: e.Event = self._events.get(timeout=_TICK_S)
+                # Deadlines are judged on ticks only, so a tick comes however busy the queue is.
+                event: e.Event = self._events.get(timeout=max(0.0, ticked + _TICK_S - time.monotonic()))
             except queue.Empty:
-                event = e.Tick(time.monotonic())
+                ticked = time.monotonic()
+                event = e.Tick(ticked)
             self._state, commands = step(self._state, event)
             for command in commands:
                 getattr(self, f"_do_{type(command).__name__.lower()}")(command)

@@ -81,6 +81,7 @@ def _exited(seen: dict[str, Any], at: float, restoring: CheckpointRef | None) ->
             signature=told.get("signature", ""),
             output=seen["output"],
         ),
+        seen["step"],
     )
 
 

@@ -111,3 +111,12 @@ def functional(run, *, steps=12):
         state = {"params": state["params"] + 0.5, "step": state["step"] + 1}
         run.save(state)
     return {"params": state["params"].tolist(), "step": state["step"]}
+
+
+@resilience.job(workers=1, checkpoint_every=1)
+def huge(run, *, gigabytes):
+    """More state than the machine has memory for two snapshots of (never touched, so it costs nothing itself)."""
+    state = {"table": np.zeros((gigabytes << 30) // 8)}
+    run.track(state=state)
+    for _ in run.steps(2):
+        pass
