@@ -6,7 +6,9 @@ the SHA-256 of the final parameters must be the same. Everything real: processes
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -39,7 +41,8 @@ def demo_command(steps: int, directory: str | None, as_json: bool) -> None:
             path=str(where),
             hint="give --dir another directory",
         )
-    report = Demo(where, steps, quiet=as_json).run()
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        report = Demo(where, steps, quiet=as_json).run()  # Ray prints to stdout when a node dies
     if as_json:
         click.echo(json.dumps(report, indent=2))
     if not report["proof"]["equal"]:

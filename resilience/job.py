@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import json
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -212,7 +214,8 @@ class Job:
         from resilience.runtime.launch import run_to_end
 
         spec = self._spec(arguments)
-        with LiveView(mode=view) as live:
+        # Ray prints news of dying nodes to stdout, which belongs to the caller's program.
+        with LiveView(mode=view) as live, contextlib.redirect_stdout(sys.stderr):
             ended = run_to_end(spec, show=live.update)
         return self._result(spec, ended)
 

@@ -51,12 +51,12 @@ def _watch(run: str, storage: str, as_json: bool) -> None:
     with LiveView("json" if as_json else "auto", stream=sys.stdout) as view:
         try:
             while True:
-                began = time.monotonic()  # noqa: TID251 - paces a human's view, decides nothing
+                began = time.monotonic()
                 snapshot = _read(run, storage)
                 view.update(snapshot)
                 if snapshot["phase"] == "done":
                     return
-                spent = time.monotonic() - began  # noqa: TID251
+                spent = time.monotonic() - began
                 time.sleep(max(_EVERY_S, _LOAD_FACTOR * spent))
         except KeyboardInterrupt:
             return  # how one stops watching; the run itself is not touched

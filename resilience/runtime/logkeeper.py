@@ -214,6 +214,9 @@ class LogKeeper:
             )
 
     def _finish(self, command: c.Finish) -> None:
+        if self.state.finished is not None:  # it had finished before: what that record says stays
+            self._finished = True
+            return
         body = {"step": self.steps, "result": command.outcome.result.value, "value": self.value}
         self._finished = self._append(Kind.FINISH, body, "could not record that the run finished")
 

@@ -174,7 +174,7 @@ class RankHost:
         self._done = done
         if self._first:
             self._first = False
-            self.tell({"t": "stepped", "step": done})
+            self.tell({"t": "stepped", "step": done, "total": total})
         at = page.checkpoint_at
         if 0 <= at < done:
             self._miss("checkpoint", at, done)

@@ -74,6 +74,7 @@ class Supervisor:
         self._restoring: CheckpointRef | None = None
         self._metrics: dict[str, float] = {}
         self._value: str | None = None
+        self._total: int | None = None
         self._broken: str | None = None  # traceback of a bug of ours: never hidden, always the end
         self._done = threading.Event()
         self._collected = threading.Event()
@@ -107,7 +108,8 @@ class Supervisor:
 
     def view(self) -> dict[str, Any]:
         """The run right now, as plain data (see ``history.live``)."""
-        return view_of(self._state, self._log.state, metrics=self._metrics, failing=self._chronicle.failing)
+        view = view_of(self._state, self._log.state, metrics=self._metrics, failing=self._chronicle.failing)
+        return {**view, "steps": self._total}
 
     def wait(self, timeout: float) -> dict[str, Any] | None:
         """The outcome, or ``None`` when the run is still going after ``timeout`` seconds."""
@@ -307,6 +309,8 @@ class Supervisor:
         elif kind == "load_failed":
             self._events.put(e.LoadFailed(at, node, seen["error"], seen["traceback"]))
         else:
+            if kind == "stepped":
+                self._total = seen["total"]
             if kind == "persisted":
                 ref = CheckpointRef(seen["step"], seen["generation"])
                 self._log.persisted(ref, seen["tier"], seen["rank"], seen["size"])

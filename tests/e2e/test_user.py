@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def stop_at_a_step(job, **arguments):
         except (ValueError, ray.exceptions.RayError):
             thread.join(0.05)
             continue
-        if view["step"] >= 5:
+        if view["phase"] == "running" and view["step"] >= 5:
             ray.get(supervisor.request_stop.remote("interrupted by the test"))
             break
         thread.join(0.05)
@@ -109,15 +110,21 @@ def test_a_clean_stop_leaves_a_checkpoint_and_the_same_launch_goes_on_from_it(cl
     assert stopped.outcome.result == "interrupted"
     assert stopped.steps > 0
     saved = resilience.open_checkpoint(f"{chaos.storage}/endless")
-    assert saved["rank-0/state/n"][0] == saved["rank-1/state/n"][0] == stopped.steps, "all ranks stopped at one step"
-    again = chaos.options(jobs.endless, name="endless").launch(view="none", steps=stopped.steps + 20, amount=50)
+    assert saved["rank-0/state/n"][0] == saved["rank-1/state/n"][0] == stopped.steps, (
+        "all ranks stopped at one step"
+    )
+    again = chaos.options(jobs.endless, name="endless").launch(
+        view="none", steps=stopped.steps + 20, amount=50
+    )
     assert again.finished
     assert again.value == stopped.steps + 20
     generations = again.history.generations
     assert generations[-1]["start_step"] == stopped.steps, "nothing was done twice"
     assert again.incidents == []
     # A finished run stays finished: launching it again does nothing, and says the same.
-    third = chaos.options(jobs.endless, name="endless").launch(view="none", steps=stopped.steps + 20, amount=50)
+    third = chaos.options(jobs.endless, name="endless").launch(
+        view="none", steps=stopped.steps + 20, amount=50
+    )
     assert (third.value, third.steps) == (again.value, again.steps)
 
 
@@ -137,8 +144,7 @@ def test_functional_state_survives(cluster, jobs, chaos):
 def test_too_few_cards_says_for_what_it_waits_and_gives_up_at_the_deadline(cluster, jobs, chaos):
     with pytest.raises(ExhaustedError) as caught:
         chaos.run(jobs.endless, workers=40, capacity_deadline=2.0)
-    assert "40" in str(caught.value)
-    assert "6" in str(caught.value)
+    assert re.search(r"40 cards are needed, \d are there; waited 2 s", str(caught.value))
     waiting = resilience.history(chaos.storage, run=chaos.runs[-1]).sql(
         "select data ->> 'needed' as needed from events where type = 'capacity.waiting'"
     )
@@ -175,7 +181,9 @@ def test_a_newer_format_is_refused_by_name(jobs, tmp_path):
     root = tmp_path / "s" / "newer"
     root.mkdir(parents=True)
     (root / "FORMAT").write_text(
-        json.dumps({"format": "resilience", "version": 99, "run": "newer", "created": "2030-01-01T00:00:00+00:00"})
+        json.dumps(
+            {"format": "resilience", "version": 99, "run": "newer", "created": "2030-01-01T00:00:00+00:00"}
+        )
     )
     with pytest.raises(InvalidError, match="99"):
         jobs.endless.options(storage=str(tmp_path / "s"), name="newer").launch()
@@ -217,7 +225,11 @@ def test_ctrl_c_of_a_script_stops_cleanly_and_leaves_nothing(tmp_path):
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), storage=storage))
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     try:
         assert process.stdout is not None
