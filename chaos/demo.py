@@ -126,7 +126,8 @@ class Demo:
         self._show(history, report)
         from resilience.history.query import jsonable
 
-        return jsonable(report)
+        plain: dict[str, Any] = jsonable(report)
+        return plain
 
     def _picture(self, history: Any) -> str | None:
         from resilience.history.picture import picture

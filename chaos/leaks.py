@@ -43,4 +43,4 @@ def wait_until_gone(run: str, timeout: float = 10.0) -> list[str]:
 
 
 def _alive(line: str) -> bool:
-    return psutil.pid_exists(int(line.split()[0]))
+    return bool(psutil.pid_exists(int(line.split()[0])))

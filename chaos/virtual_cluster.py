@@ -95,7 +95,7 @@ class VirtualCluster:
 
     def _wait_for_cards(self, nodes: int, timeout: float = 60.0) -> None:
         deadline = time.monotonic() + timeout
-        while sum(bool(n["Alive"] and n["Resources"].get("card")) for n in ray.nodes()) < nodes:
+        while sum(bool(n["Alive"] and n["Resources"].get("card")) for n in ray.nodes()) < nodes:  # type: ignore[no-untyped-call]
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{nodes} nodes with cards did not join within {timeout} s")
             time.sleep(0.05)

@@ -383,7 +383,7 @@ def _card_kind() -> str:
     import ray
 
     if ray.is_initialized():
-        resources = ray.cluster_resources()
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         for kind in ("GPU", "NPU"):
             if resources.get(kind):
                 return kind

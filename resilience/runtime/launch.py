@@ -94,14 +94,14 @@ def _supervisor(spec: dict[str, Any]) -> tuple[Any, bool]:
     place = _quiet_node(spec["card"])
     if place is not None:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place, soft=False)
-    supervisor = ray.remote(Supervisor).options(**options).remote(spec)
+    supervisor: Any = ray.remote(Supervisor).options(**options).remote(spec)
     ray.get(supervisor.start.remote())
     return supervisor, False
 
 
 def _quiet_node(card: str) -> str | None:
     """A node without cards, where there is one: what fails there does not fail with a rank."""
-    nodes = [n for n in ray.nodes() if n["Alive"]]
+    nodes = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
     without = [n for n in nodes if not n["Resources"].get(card)]
     heads = [n for n in nodes if "node:__internal_head__" in n["Resources"]]
     for group in (without, heads):

@@ -123,7 +123,7 @@ class Nodes:
         while not self._closing.is_set():
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + _LOOK_EVERY_S
-                alive = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}
+                alive = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}  # type: ignore[no-untyped-call]
                 self._recruit(alive)
                 self._miss(alive)
             with self._lock:
@@ -172,7 +172,7 @@ class Nodes:
         }
         card = self._spec["card"]
         agent = (
-            ray.remote(concurrency_groups={"watch": 1, "read": 4})(NodeAgent)
+            ray.remote(concurrency_groups={"watch": 1, "read": 4})(NodeAgent)  # type: ignore[call-overload]
             .options(
                 num_cpus=0,
                 num_gpus=count if card == "GPU" else None,

@@ -20,7 +20,9 @@ def serve(channel: Channel) -> int:
         import torch.distributed as dist
 
         if dist.is_available():
-            store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                "0.0.0.0", 0, is_master=True, wait_for_workers=False
+            )
             port = store.port
     channel.send({"t": "store", "port": port})
     with contextlib.suppress(Closed):

@@ -56,7 +56,8 @@ class Zygote:
         signal.set_wakeup_fd(self._wake_w)
         self._channel.send({"t": "ready", "pid": os.getpid(), "threads": threading.active_count()})
         while True:
-            readable, _, _ = select.select([self._channel, self._wake_r], [], [])
+            watched: list[Any] = [self._channel, self._wake_r]
+            readable, _, _ = select.select(watched, [], [])
             if self._wake_r in readable:
                 self._drain_wakeups()
                 self._reap()
