@@ -1,5 +1,6 @@
 """Jobs that the end-to-end tests run. Deterministic: the same arguments give the same bytes."""
 
+import os
 import random
 
 import numpy as np
@@ -42,7 +43,7 @@ def sgd(run, *, steps=40, amount=20, size=2000):
         state["velocity"] -= 0.1 * x.T @ error
         state["weights"] += state["velocity"]
         work(amount)
-        run.log(loss=float(np.mean(error**2)))
+        run.log(loss=float(np.mean(error**2)), parent=os.getppid())
     return {"draws": state["counts"]["draws"], "weights": state["weights"].tolist()}
 
 

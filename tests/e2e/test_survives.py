@@ -97,12 +97,28 @@ def test_a_rank_killed_at_any_step(cluster, jobs, chaos, reference, step):
     check_the_log(result)
 
 
+def test_a_new_generation_is_forked_from_the_warm_zygote(cluster, jobs, chaos, reference):
+    result = chaos.run(jobs.sgd, [kill(2, step=15)], arguments=ARGUMENTS)
+    assert_same(result, reference)
+    parents: dict[int, set[float]] = {}
+    generations: dict[int, set[int]] = {}
+    for event in result.history.sql(
+        "select rank, generation, data from events where type = 'metrics.logged'"
+    ):
+        parents.setdefault(event["rank"], set()).update(v["parent"] for v in event["data"]["values"])
+        generations.setdefault(event["rank"], set()).add(event["generation"])
+    assert all(found == {1, 2} for found in generations.values()), generations
+    assert all(len(found) == 1 for found in parents.values()), parents
+
+
 def test_a_card_that_fails_is_replaced_and_not_used_again(cluster, jobs, chaos, reference):
     result = chaos.run(jobs.sgd, [fail_card(0, step=12)], arguments={"steps": STEPS, "amount": 2500})
     (incident,) = result.incidents
     assert incident["kind"] == "card"
     assert incident["decision"] == "replace card"
-    generations = result.history.sql("select data from events where type = 'generation.started' order by generation")
+    generations = result.history.sql(
+        "select data from events where type = 'generation.started' order by generation"
+    )
     assert incident["card"] in str(generations[0]["data"]["ranks"])
     assert incident["card"] not in str(generations[-1]["data"]["ranks"])
     state = final_state(result)
@@ -160,3 +176,21 @@ def check_the_log(result):
         "select step, generation, tier from checkpoints where committed_at is not null"
     )
     assert {(row["step"], row["generation"], row["tier"]) for row in acknowledged} <= committed
+    check_restored_the_newest(result)
+
+
+def check_restored_the_newest(result):
+    """Each recovery begins at the newest checkpoint acknowledged in a tier that survived: no more is lost."""
+    events = result.history.sql(
+        "select type, step, data from events where type in "
+        "('checkpoint.committed', 'restore.chosen', 'node.lost') order by time, generation, seq"
+    )
+    newest = {"nvme": 0, "shared": 0}
+    for event in events:
+        if event["type"] == "checkpoint.committed":
+            tier = event["data"]["tier"]
+            newest[tier] = max(newest[tier], event["step"])
+        elif event["type"] == "node.lost":
+            newest["nvme"] = 0  # every checkpoint of these runs has packs on both nodes
+        else:
+            assert event["data"]["step"] >= max(newest.values())
