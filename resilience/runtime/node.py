@@ -112,6 +112,8 @@ class NodeProcesses:
     def _serve(self) -> None:
         while not self._closing:
             for key, _ in self._selector.select(timeout=0.25):
+                if self._selector.get_map().get(key.fd) is not key:
+                    continue  # what came before it in this round has closed it
                 kind, subject = key.data
                 getattr(self, f"_on_{kind}")(subject)
             self._report_progress()

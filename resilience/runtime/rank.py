@@ -118,7 +118,11 @@ class RankHost:
     def _fire(self, fault: dict[str, Any]) -> None:
         self.tell({"t": "inject", "index": fault["index"]})
         self._channel.receive()  # carried out: usually we do not live to see it
-        if fault["action"] == "raise" and fault.get("rank") == self.rank:
+        if fault.get("rank") != self.rank:
+            return
+        if fault["action"] == "exit":
+            os._exit(7)
+        if fault["action"] == "raise":
             raise RuntimeError(f"injected fault {fault['index']}")
 
     def _reach(self, point: str, step: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import socket
 import threading
 import time
@@ -22,11 +21,12 @@ from resilience.control import commands as c
 from resilience.control import events as e
 from resilience.control.supervise import State, step
 from resilience.control.types import CheckpointRef, Outcome, Phase, Policy, Result
-from resilience.errors import ResilienceError
 from resilience.runtime.chronicle import Chronicle
 from resilience.runtime.failpoint import Failpoints
+from resilience.runtime.faults import Faults
 from resilience.runtime.logkeeper import LogKeeper
 from resilience.runtime.nodes import Nodes
+from resilience.runtime.orders import start_order
 from resilience.runtime.translate import event_of, line_of
 from resilience.runtime.view import view_of
 from storage_backends import open_storage
@@ -34,7 +34,6 @@ from storage_backends import open_storage
 NAMESPACE = "resilience"
 _TICK_S = 0.25
 _ORPHAN_S = 60.0  # a finished supervisor whose caller never comes for the result ends itself
-_SIGNALS = {"kill": signal.SIGKILL, "segfault": signal.SIGSEGV, "stop": signal.SIGSTOP}
 
 
 def actor_name(run: str) -> str:
@@ -58,7 +57,7 @@ class Supervisor:
         self._source = f"supervisor-{uuid.uuid4().hex[:8]}"
         self._chronicle = Chronicle(self._storage, run=spec["run"], source=self._source)
         self._plan = [{**fault, "index": i} for i, fault in enumerate(spec["faults"])]
-        self._fired: set[int] = set()
+        self._faults = Faults(self._chronicle)
         self._failpoints = Failpoints(self._plan, self._inject)
         self._log = LogKeeper(
             self._storage,
@@ -174,73 +173,11 @@ class Supervisor:
         self._order(command.node, {"t": "store", "generation": command.generation})
 
     def _do_startranks(self, command: c.StartRanks) -> None:
-        restore, fetch = self._restore_order(command)
-        here = [a for a in command.table if a.card.node == command.node]
-        host, _, port = command.store.rpartition(":")
-        ranks = [
-            {
-                "rank": a.rank,
-                "local_rank": a.local_rank,
-                "world_size": len(command.table),
-                "run": self._spec["run"],
-                "checkpoint_every": self._policy.checkpoint_every,
-                "restore": restore,
-                "arguments": self._spec["arguments"],
-                "failpoints": [f for f in self._plan if f["index"] not in self._fired],
-                "env": {
-                    "RANK": str(a.rank),
-                    "WORLD_SIZE": str(len(command.table)),
-                    "LOCAL_RANK": str(a.local_rank),
-                    "LOCAL_WORLD_SIZE": str(len(here)),
-                    "MASTER_ADDR": host,
-                    "MASTER_PORT": port,
-                    "TORCHELASTIC_USE_AGENT_STORE": "True",
-                    "TORCHELASTIC_RESTART_COUNT": str(command.generation),
-                    "TORCHELASTIC_RUN_ID": self._spec["run"],
-                    **self._card_env(a.card.index),
-                },
-            }
-            for a in here
-        ]
-        self._order(
-            command.node,
-            {"t": "start", "generation": command.generation, "ranks": ranks, "fetch": fetch},
-        )
+        assert self._nodes is not None
+        self._restoring = command.restore.ref if command.restore else None
+        plan = [fault for fault in self._plan if not self._faults.fired(fault)]
+        self._order(command.node, start_order(command, self._spec, self._log.state, self._nodes, plan))
         self._reach("ranks.started", node=command.node, generation=command.generation)
-
-    def _card_env(self, index: int) -> dict[str, str]:
-        card = self._spec["card"]
-        name = {"GPU": "CUDA_VISIBLE_DEVICES", "NPU": "ASCEND_RT_VISIBLE_DEVICES"}.get(
-            card, "RESILIENCE_CARD"
-        )
-        return {name: str(index)}
-
-    def _restore_order(self, command: c.StartRanks) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-        """What ranks of a node restore from, and what its agent must fetch from peers first."""
-        candidate = command.restore
-        self._restoring = candidate.ref if candidate else None
-        if candidate is None:
-            return None, []
-        entry = next(cp for cp in self._log.state.checkpoints if cp.ref == candidate.ref).tiers[
-            candidate.tier
-        ]
-        member = self._nodes.member(command.node) if self._nodes else None
-        nvme = candidate.tier == "nvme"
-        root = self._spec["shared"]
-        if nvme:
-            from storage_backends import child
-
-            root = child(self._spec["nvme"], self._spec["run"], command.node)
-        parts = [{"rank": p.rank, "storage": root, "part": p.name, "sha256": p.sha256} for p in entry.parts]
-        fetch = []
-        for p in entry.parts if nvme and member is not None else ():
-            peer = self._nodes.member(p.node) if self._nodes and p.node != command.node else None
-            if peer is not None:
-                names = (p.name, p.name.removesuffix(".json") + ".pack")
-                fetch += [{"peer": peer.agent, "name": name} for name in names]
-        ref = candidate.ref
-        order = {"step": ref.step, "generation": ref.generation, "tier": candidate.tier, "parts": parts}
-        return order, fetch
 
     def _do_postcheckpoint(self, command: c.PostCheckpoint) -> None:
         self._post(command.generation, "checkpoint_at", command.step)
@@ -342,53 +279,14 @@ class Supervisor:
             self._failpoints.reach(point, **context)
 
     def _injection(self, node: str, seen: dict[str, Any]) -> None:
-        fault = self._plan[seen["index"]]
-        self._inject(fault)
+        """A process of ``node`` waits at its failpoint: carry the fault out, then let it go on."""
+        self._inject(self._plan[seen["index"]])
         source = seen.get("source") or f"rank-{seen['rank']}-g{seen['generation']}"
         self._order(node, {"t": "injected", "source": source})
 
     def _inject(self, fault: dict[str, Any]) -> None:
-        """Carry a planned fault out, once: journalled and durable first."""
-        if fault["index"] in self._fired:
-            return
-        self._fired.add(fault["index"])
-        where = {a.rank: a.card for a in self._state.table}
-        card = where.get(fault.get("rank", -1))
-        node = fault.get("node") or (card.node if card else None)
-        at = fault["at"]
-        self._chronicle.write(
-            "chaos.injected",
-            {
-                "fault": fault["action"],
-                "point": at,
-                "target": fault.get("rank", node),
-                "plan_index": fault["index"],
-            },
-            urgent=True,
-            rank=fault.get("rank"),
-            node=node,
-            card=str(card) if card else None,
-            step=at.get("step"),
-        )
-        self._chronicle.flush()
-        if node is None or self._nodes is None:
-            return
-        member = self._nodes.member(node)
-        if member is None:
-            return
-        action = fault["action"]
-        if action in _SIGNALS:
-            order = {"t": "signal", "rank": fault["rank"], "signal": int(_SIGNALS[action])}
-        elif action == "fail_card" and card is not None:
-            order = {"t": "fail_card", "index": card.index}
-        elif action == "kill_node":
-            order = {"t": "die"}
-        else:
-            return  # exit and raise are carried out by the rank that reached the point
-        try:
-            ray.get(member.agent.perform.remote([order]), timeout=10)
-        except (ray.exceptions.RayError, ResilienceError):
-            return  # a killed node does not answer
+        if self._nodes is not None:
+            self._faults.carry_out(fault, self._state.table, self._nodes)
 
 
 def supervisor_options(run: str) -> dict[str, Any]:
