@@ -39,6 +39,7 @@ class LogKeeper:
         reach: failpoint of the supervisor.
         delete: called with a ref whose nvme bytes may go on every node.
         broken: called with the traceback of an error that is a bug of ours.
+        near: whether this launch has an nvme tier; without one, what lies only there cannot be restored.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class LogKeeper:
         reach: Callable[..., None],
         delete: Callable[[CheckpointRef], None],
         broken: Callable[[str], None],
+        near: bool = True,
     ) -> None:
         self._storage = storage
+        self._near = near
         self._chronicle = chronicle
         self._run = run
         self._describe = describe
@@ -118,16 +121,29 @@ class LogKeeper:
         self._chronicle.generation(record.generation)
         self._resume_collecting()
         self._reach("fence.done", generation=record.generation)
+        usable, aside = self._candidates()
         self._answer(
             e.Fenced(
                 time.monotonic(),
                 record.generation,
-                candidates(self.state),
+                usable,
                 finished=self.state.finished is not None,
-                unusable=_unusable(self.state),
+                unusable=(*_unusable(self.state), *aside),
                 slot=record.slot,
             )
         )
+
+    def _candidates(self) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
+        """What may be restored, and what is set aside because this launch has no nvme directory."""
+        offered = candidates(self.state)
+        usable = tuple(each for each in offered if self._near or each.tier != "nvme")
+        aside = tuple(each for each in offered if each not in usable)
+        if aside and not any(each.ref == aside[0].ref for each in usable):
+            self._warn(
+                f"the newest checkpoint, {aside[0].ref}, lies only in the nvme tier, and this launch has none: "
+                "give nvme= as before to restore it"
+            )
+        return usable, aside
 
     def _resume_collecting(self) -> None:
         """Take up what a predecessor retired and did not get to remove."""

@@ -22,7 +22,7 @@ from storage_backends import child
 
 NODE_LABEL = "resilience.io/node"
 LEVEL_LABEL = "resilience.io/{}"
-SILENCE_S = 5.0
+SILENCE_S = 10.0  # a dead agent is seen at once; this is for one that is stopped or cut off
 _LOOK_EVERY_S = 0.5
 _CLOSE_S = 15.0
 _JOIN_PATIENCE_S = 30.0

@@ -68,6 +68,7 @@ class Supervisor:
             reach=self._reach,
             delete=self._delete,
             broken=self._break,
+            near=spec["nvme"] is not None,
         )
         self._nodes: Nodes | None = None
         self._restoring: CheckpointRef | None = None

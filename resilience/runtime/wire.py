@@ -10,11 +10,13 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _HEADER = struct.Struct("<IB")  # length of the JSON text, number of descriptors
 _MAX_FDS = 8
+_TAKE = 256 << 10
 
 
 class Closed(Exception):
@@ -22,10 +24,17 @@ class Closed(Exception):
 
 
 class Channel:
-    """One end of a socket pair. Blocking; one reader and one writer at a time each."""
+    """One end of a socket pair; one reader and one writer at a time each.
+
+    ``send`` and ``receive`` wait for the other end. ``post`` and ``take`` never do: they are for a process that
+    has more to look after than one peer, which may be stopped in the middle of a message. Use one pair of them.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._in = bytearray()  # read by ``take``, not a whole message yet
+        self._in_fds: deque[int] = deque()
+        self._out: deque[tuple[memoryview, list[int]]] = deque()  # posted, not sent yet
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
@@ -87,5 +96,80 @@ class Channel:
             length -= len(data)
         return b"".join(chunks)
 
+    def take(self) -> list[tuple[dict[str, Any], list[int]]]:
+        """The messages that are here whole, without waiting for more. Raises ``Closed`` when none is and the
+        other end is gone."""
+        ended = False
+        try:
+            # Descriptors come with the first byte of their message at the latest, and in order.
+            data, fds, _flags, _address = socket.recv_fds(
+                self._sock, _TAKE, _MAX_FDS, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+            )
+            ended = not data
+            self._in += data
+            self._in_fds.extend(fds)
+        except BlockingIOError:
+            pass
+        except ConnectionResetError:
+            ended = True
+        found = []
+        while len(self._in) >= _HEADER.size:
+            length, count = _HEADER.unpack_from(self._in)
+            end = _HEADER.size + length
+            if len(self._in) < end:
+                break
+            if len(self._in_fds) < count:
+                raise Closed  # descriptors ran out
+            body = bytes(self._in[_HEADER.size : end])
+            del self._in[:end]
+            found.append((json.loads(body), [self._in_fds.popleft() for _ in range(count)]))
+        if ended and not found:
+            raise Closed
+        return found
+
+    def post(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Send as much as fits now; ``flush`` sends the rest when the socket is writable. What is posted to an
+        end that is gone is dropped: ``take`` tells."""
+        body = json.dumps(message, separators=(",", ":")).encode()
+        data = memoryview(_HEADER.pack(len(body), len(fds)) + body)
+        self._out.append((data, [os.dup(fd) for fd in fds]))
+        self.flush()
+
+    @property
+    def pending(self) -> bool:
+        """Something posted is still to be sent."""
+        return bool(self._out)
+
+    def flush(self) -> None:
+        """Send what is posted, as far as that needs no waiting."""
+        while self._out:
+            data, fds = self._out[0]
+            try:
+                sent = socket.send_fds(self._sock, [data], fds, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                self._drop()
+                return
+            _close_all(fds)
+            if sent < len(data):
+                self._out[0] = (data[sent:], [])
+            else:
+                self._out.popleft()
+
+    def _drop(self) -> None:
+        for _data, fds in self._out:
+            _close_all(fds)
+        self._out.clear()
+
     def close(self) -> None:
+        self._drop()
+        _close_all(self._in_fds)
+        self._in_fds.clear()
         self._sock.close()
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+

@@ -82,7 +82,7 @@ def test_a_death_at_every_point_of_a_save(cluster, jobs, chaos, reference, what,
     fault = Fault(what, rank=1, at_rank=None if at["point"].startswith("commit") else 1, **at)
     result = chaos.run(jobs.sgd, [fault], arguments=ARGUMENTS)
     assert_same(result, reference)
-    (incident,) = result.incidents
+    incident = only_incident(result)
     assert incident["kind"] == ("node" if what == "kill_node" else "signal")
     assert 0 <= incident["lost_steps"] <= STEPS
     check_the_log(result)
@@ -92,7 +92,7 @@ def test_a_death_at_every_point_of_a_save(cluster, jobs, chaos, reference, what,
 def test_a_rank_killed_at_any_step(cluster, jobs, chaos, reference, step):
     result = chaos.run(jobs.sgd, [kill(2, step=step)], arguments=ARGUMENTS)
     assert_same(result, reference)
-    (incident,) = result.incidents
+    incident = only_incident(result)
     assert (incident["kind"], incident["rank"]) == ("signal", 2)
     check_the_log(result)
 
@@ -113,7 +113,7 @@ def test_a_new_generation_is_forked_from_the_warm_zygote(cluster, jobs, chaos, r
 
 def test_a_card_that_fails_is_replaced_and_not_used_again(cluster, jobs, chaos, reference):
     result = chaos.run(jobs.sgd, [fail_card(0, step=12)], arguments={"steps": STEPS, "amount": 2500})
-    (incident,) = result.incidents
+    incident = only_incident(result)
     assert incident["kind"] == "card"
     assert incident["decision"] == "replace card"
     generations = result.history.sql(
@@ -154,9 +154,15 @@ def test_a_stopped_rank_is_found_and_its_generation_never_commits_again(cluster,
         jobs.sgd, [Fault("stop", rank=1, at_rank=1, step=9)], arguments=ARGUMENTS, hang_floor=2.0
     )
     assert_same(result, reference)
-    (incident,) = result.incidents
+    incident = only_incident(result)
     assert (incident["kind"], incident["rank"]) == ("hang", 1)
     check_the_log(result)
+
+
+def only_incident(result):
+    """The run's one incident; more than one names them all."""
+    assert len(result.incidents) == 1, [(i["kind"], i["cause"], i["signals"]) for i in result.incidents]
+    return result.incidents[0]
 
 
 def check_the_log(result):
