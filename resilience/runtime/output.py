@@ -6,14 +6,41 @@ is written beside the nvme tier (or in a temporary directory) and shipped when t
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
 import tempfile
 from collections import deque
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from resilience.errors import ResilienceError
 from storage_backends import Storage
+
+
+class Stream(io.FileIO):
+    """A rank's stdout or stderr. A disk that takes no more output must not end the training that prints: what it
+    refuses is lost, and how much of it, and why, stands in its place as soon as there is room again."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd, "w", closefd=False)
+        self._lost = 0
+        self._reason = ""
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        left = memoryview(data).cast("B")
+        try:
+            if self._lost:
+                note = f"[resilience: {self._lost} bytes of output were lost here: {self._reason}]\n"
+                super().write(note.encode())
+                self._lost = 0
+            while left:
+                left = left[super().write(left) or 0 :]
+        except OSError as error:
+            self._lost += len(left)
+            self._reason = os.strerror(error.errno or 0)
+        return size
 
 
 class Outputs:

@@ -28,6 +28,7 @@ from resilience.checkpoint.tree import flatten, unflatten
 from resilience.errors import CorruptError, InvalidError, ResilienceError, UnavailableError
 from resilience.run import Interrupted, Run
 from resilience.runtime.failpoint import Failpoints
+from resilience.runtime.output import Stream
 from resilience.runtime.page import Page
 from resilience.runtime.wire import Channel
 
@@ -46,8 +47,8 @@ def run_rank(function: Any, message: dict[str, Any], fds: list[int]) -> int:
     os.dup2(output_fd, 2)
     os.close(output_fd)
     # The zygote's stream objects may hold buffered text or be redirected: make fresh ones on the new descriptors.
-    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
-    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+    sys.stdout = io.TextIOWrapper(Stream(1), write_through=True)
+    sys.stderr = io.TextIOWrapper(Stream(2), write_through=True)
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(message["env"])
@@ -103,6 +104,7 @@ class RankHost:
         self._arena_id = 0
         self._plan: Plan | None = None
         self._saved = -1
+        self._behind = False  # the last save found no slot
         self._done = 0
         self._first = True
         self._missed: set[tuple[str, int]] = set()
@@ -284,13 +286,16 @@ class RankHost:
         return self._arena
 
     def _acquire(self, arena: Arena, done: int) -> int | None:
-        """A slot to write to. Waits for the writer, but not for one whose saves fail: training goes on."""
-        deadline = time.monotonic() + _SLOT_WAIT_S
+        """A slot to write to. Waits for the writer, but not for one whose saves fail, nor a second time for one
+        that did not come: training goes on."""
+        deadline = time.monotonic() + (0.0 if self._behind else _SLOT_WAIT_S)
         while True:
             slot = arena.acquire()
             if slot is not None:
+                self._behind = False
                 return slot
             if self._page.saves_failing or time.monotonic() > deadline:
+                self._behind = True
                 self.tell(
                     {"t": "skipped", "step": done, "reason": "every arena slot still waits for storage"}
                 )
