@@ -35,7 +35,8 @@ class Options:
         start_deadline: seconds a generation may take until every rank has made a step.
         stop_deadline: seconds a clean stop may take.
         hang_floor: seconds without any progress before a hang is suspected (longer where steps are longer).
-        env: environment variables for the ranks.
+        env: environment variables for every process of the run, on all nodes: ranks, and whoever reads and writes
+            storage (credentials, where the nodes have none of their own). The launching process keeps its own.
         faults: planned faults for chaos tests (see ``chaos.faults``).
     """
 

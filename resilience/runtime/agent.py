@@ -38,6 +38,7 @@ class NodeAgent:
 
     def __init__(self, config: dict[str, Any], supervisor: Any) -> None:
         self._config = config
+        os.environ.update(config["env"])  # before storage is opened: its credentials may be in there
         self._supervisor = supervisor
         self._observed: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._closed = threading.Event()

@@ -50,6 +50,7 @@ class Supervisor:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self._spec = spec
+        os.environ.update(spec["env"])  # before storage is opened: its credentials may be in there
         self._policy = Policy(**spec["policy"])
         self._events: queue.SimpleQueue[e.Event] = queue.SimpleQueue()
         self._state = State.initial(self._policy, spec["run"], at=time.monotonic())
