@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import struct
+from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -53,7 +54,7 @@ class Channel:
         body = json.dumps(message, separators=(",", ":")).encode()
         data = _HEADER.pack(len(body), len(fds)) + body
         try:
-            sent = socket.send_fds(self._sock, [data], list(fds)) if fds else self._sock.send(data)
+            sent = self._sock.sendmsg([data], _rights(fds))
             if sent < len(data):
                 self._sock.sendall(memoryview(data)[sent:])
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -75,16 +76,22 @@ class Channel:
         header = b""
         fds: list[int] = []
         while len(header) < _HEADER.size:
-            data, new, _flags, _address = socket.recv_fds(
-                self._sock, _HEADER.size - len(header), _MAX_FDS, socket.MSG_CMSG_CLOEXEC
-            )
+            data, new = self._read(_HEADER.size - len(header), 0)
             if not data:
                 raise Closed
             header += data
             fds += new
-        for fd in fds:
-            os.set_inheritable(fd, False)
         return header, fds
+
+    def _read(self, size: int, flags: int) -> tuple[bytes, list[int]]:
+        """Bytes, and descriptors that came with them. ``socket.recv_fds`` would ignore the flags."""
+        space = socket.CMSG_SPACE(_MAX_FDS * array("i").itemsize)
+        data, ancillary, _flags, _address = self._sock.recvmsg(size, space, flags | socket.MSG_CMSG_CLOEXEC)
+        fds = array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        return data, list(fds)
 
     def _exactly(self, length: int) -> bytes:
         chunks = []
@@ -102,9 +109,7 @@ class Channel:
         ended = False
         try:
             # Descriptors come with the first byte of their message at the latest, and in order.
-            data, fds, _flags, _address = socket.recv_fds(
-                self._sock, _TAKE, _MAX_FDS, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-            )
+            data, fds = self._read(_TAKE, socket.MSG_DONTWAIT)
             ended = not data
             self._in += data
             self._in_fds.extend(fds)
@@ -145,7 +150,7 @@ class Channel:
         while self._out:
             data, fds = self._out[0]
             try:
-                sent = socket.send_fds(self._sock, [data], fds, socket.MSG_DONTWAIT)
+                sent = self._sock.sendmsg([data], _rights(fds), socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
             except (BrokenPipeError, ConnectionResetError):
@@ -169,7 +174,11 @@ class Channel:
         self._sock.close()
 
 
+def _rights(fds: Sequence[int]) -> list[tuple[int, int, array[int]]]:
+    """Descriptors as ancillary data; ``socket.send_fds`` would ignore the flags."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+
+
 def _close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
-
