@@ -6,9 +6,7 @@ the SHA-256 of the final parameters must be the same. Everything real: processes
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -41,8 +39,10 @@ def demo_command(steps: int, directory: str | None, as_json: bool) -> None:
             path=str(where),
             hint="give --dir another directory",
         )
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        report = Demo(where, steps, quiet=as_json).run()  # Ray prints to stdout when a node dies
+    from resilience.runtime.launch import quiet_ray
+
+    with quiet_ray():
+        report = Demo(where, steps, quiet=as_json).run()
     if as_json:
         click.echo(json.dumps(report, indent=2))
     if not report["proof"]["equal"]:

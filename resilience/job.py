@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import os
 import re
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -103,11 +101,10 @@ class Job:
             InvalidError: options, arguments, or what was saved does not fit.
         """
         from resilience.history.live import LiveView
-        from resilience.runtime.launch import run_to_end
+        from resilience.runtime.launch import quiet_ray, run_to_end
 
         spec = self._spec(arguments)
-        # Ray prints news of dying nodes to stdout, which belongs to the caller's program.
-        with LiveView(mode=view) as live, contextlib.redirect_stdout(sys.stderr):
+        with LiveView(mode=view) as live, quiet_ray():
             ended = run_to_end(spec, show=live.update)
         return self._result(spec, ended)
 
@@ -160,7 +157,7 @@ class Job:
             "entry": entry.to_json(),
             "arguments": arguments,
             "policy": asdict(options.policy()),
-            "card": options.card or _card_kind(),
+            "card": options.card,
             "levels": list(options.topology),
             "storage": root,
             "shared": shared,
@@ -268,18 +265,6 @@ def _utc_now() -> str:
     from datetime import UTC, datetime
 
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _card_kind() -> str:
-    """The accelerator of the cluster this process can see; simulated cards where it has none."""
-    import ray
-
-    if ray.is_initialized():
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        for kind in ("GPU", "NPU"):
-            if resources.get(kind):
-                return kind
-    return "card"
 
 
 @contextmanager

@@ -7,6 +7,9 @@ checkpoint that the log still holds.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+
 from resilience.checkpoint.part import directory
 from resilience.control.types import CheckpointRef
 from storage_backends.base import Storage
@@ -23,3 +26,25 @@ def delete(storage: Storage, ref: CheckpointRef) -> None:
         if name.endswith(".json"):
             storage.delete(name)
     storage.delete_all(where)
+
+
+_DIRECTORY = re.compile(r"checkpoints/step-(\d+)-g(\d+)/?")
+
+
+def stale(storage: Storage, *, kept: Collection[str], below: int) -> list[CheckpointRef]:
+    """What generations before ``below`` left in this tier and the log does not hold, oldest first.
+
+    Saves that were never committed, and retired checkpoints whose removal was interrupted. Ask only after the
+    fence of ``below``: from then on nothing of an older generation can be committed any more.
+
+    Args:
+        kept: names (``str(ref)``) of the checkpoints the log holds.
+    """
+    found = []
+    for name in storage.list("checkpoints"):
+        match = _DIRECTORY.fullmatch(name)
+        if match:
+            ref = CheckpointRef(int(match[1]), int(match[2]))
+            if ref.generation < below and str(ref) not in kept:
+                found.append(ref)
+    return sorted(found, key=lambda ref: (ref.step, ref.generation))

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from resilience.errors import (
+    CorruptError,
     ExhaustedError,
     FencedError,
     InvalidError,
@@ -37,6 +38,7 @@ EXIT_CODES = {
     "no_capacity": 4,
     "fenced": 5,
     "unavailable": 6,
+    "no_checkpoint": 7,
     "interrupted": 130,
 }
 
@@ -52,6 +54,8 @@ def exit_code(error: ResilienceError) -> int:
             return EXIT_CODES["fenced"]
         case UnavailableError():
             return EXIT_CODES["unavailable"]
+        case CorruptError() if error.operation == "run":
+            return EXIT_CODES["no_checkpoint"]
     return EXIT_CODES["user_error"]
 
 

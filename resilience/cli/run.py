@@ -9,7 +9,14 @@ from typing import Any
 import click
 
 from resilience.cli.options import json_option, print_table
-from resilience.errors import ExhaustedError, FencedError, ResilienceError, TrainingError, UnavailableError
+from resilience.errors import (
+    CorruptError,
+    ExhaustedError,
+    FencedError,
+    ResilienceError,
+    TrainingError,
+    UnavailableError,
+)
 
 
 @click.command("run", epilog="Exit code: 0 finished, 130 interrupted; the others are in docs/cli.md.")
@@ -109,4 +116,6 @@ def _result_of(error: ResilienceError) -> str:
             return "fenced"
         case UnavailableError():
             return "unavailable"
+        case CorruptError():
+            return "no_checkpoint"
     return "not_started"

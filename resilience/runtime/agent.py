@@ -18,6 +18,8 @@ from typing import Any
 import ray
 
 from resilience.cards.simulated import SimulatedCards
+from resilience.checkpoint import retention
+from resilience.control.types import CheckpointRef
 from resilience.errors import ResilienceError
 from resilience.runtime.node import NodeProcesses
 from resilience.runtime.output import Outputs
@@ -41,7 +43,9 @@ class NodeAgent:
         os.environ.update(config["env"])  # before storage is opened: its credentials may be in there
         self._supervisor = supervisor
         self._observed: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._closing = threading.Event()
         self._closed = threading.Event()
+        self._reporter = threading.Thread(target=self._report_loop, name="reports", daemon=True)
         self._cards = SimulatedCards()
         scratch = str(Path(config["nvme"].removeprefix("file://"))) if config["nvme"] else None
         self._outputs = Outputs(open_storage(config["shared"]), scratch)
@@ -50,7 +54,7 @@ class NodeAgent:
     def start(self) -> int:
         """Begin: the zygote imports the user's module, reports start to flow. Returns this process's id."""
         self._processes.start()
-        threading.Thread(target=self._report_loop, name="reports", daemon=True).start()
+        self._reporter.start()
         return os.getpid()
 
     def lifeline(self) -> None:
@@ -64,6 +68,8 @@ class NodeAgent:
                 self._cards.fail(order["index"], detail="injected")
             elif order["t"] == "die":
                 self._die()
+            elif order["t"] in ("delete", "sweep"):
+                self._remove(order)
             elif order["t"] == "start" and order.get("fetch"):
                 self._fetch(order["fetch"])
                 self._processes.order(order)
@@ -76,6 +82,24 @@ class NodeAgent:
 
     def size(self, name: str) -> int:
         return open_storage(self._config["nvme"]).size(name)
+
+    def _remove(self, order: dict[str, Any]) -> None:
+        """Remove checkpoints that the log does not hold (any more) from this node's nvme tier."""
+        if self._config["nvme"] is None:
+            return
+        ours = open_storage(self._config["nvme"])
+        try:
+            if order["t"] == "sweep":
+                refs = retention.stale(ours, kept=order["kept"], below=order["below"])
+            else:
+                refs = [CheckpointRef(order["step"], order["generation"])]
+            for ref in refs:
+                retention.delete(ours, ref)
+                self._observed.put({"t": "deleted", "step": ref.step, "of": ref.generation})
+        except ResilienceError as error:
+            self._observed.put(
+                {"t": "warning", "message": f"could not remove checkpoints from nvme: {error}"}
+            )
 
     def _fetch(self, wanted: list[dict[str, Any]]) -> None:
         """Copy packs and parts of peers into our own nvme tier. What cannot be had is found missing by the
@@ -97,7 +121,8 @@ class NodeAgent:
     def _report_loop(self) -> None:
         last_reply = time.monotonic()
         next_poll = 0.0
-        while not self._closed.is_set():
+        while True:
+            closing = self._closing.is_set()
             batch = self._batch()
             if time.monotonic() >= next_poll:
                 next_poll = time.monotonic() + 1.0
@@ -112,10 +137,12 @@ class NodeAgent:
                 last_reply = time.monotonic()
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
                 welcome = time.monotonic() - last_reply < LEASE_S
-                self._closed.wait(HEARTBEAT_S)
+                self._closing.wait(HEARTBEAT_S)
             if not welcome or any(seen["t"] == "broken" for seen in batch):
                 self._processes.close()
                 os._exit(0)  # told that we are lost, or nobody there for a lease: free the cards
+            if closing:
+                return
 
     def _batch(self) -> list[dict[str, Any]]:
         batch = []
@@ -139,4 +166,8 @@ class NodeAgent:
         """End every process of this node; returns when they are gone."""
         self._processes.close()
         self._outputs.close()
+        self._closing.set()
+        self._observed.put({"t": "closing"})  # wakes the reporter, which reports all up to here, and ends
+        if self._reporter.ident is not None:
+            self._reporter.join(10)
         self._closed.set()

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ def run_to_end(spec: dict[str, Any], *, show: Callable[[dict[str, Any]], None]) 
     second one ends at once with ``KeyboardInterrupt``.
     """
     with cluster(spec["card"], spec["wanted"]):
+        spec = {**spec, "card": spec["card"] or card_kind()}
         supervisor, attached = _supervisor(spec)
         if attached:
             show({**ray.get(supervisor.view.remote()), "attached": True})
@@ -44,13 +46,37 @@ def run_to_end(spec: dict[str, Any], *, show: Callable[[dict[str, Any]], None]) 
                 hint="run the same command again: it goes on from the newest checkpoint",
             ) from error
         finally:
-            _dismiss(supervisor)
+            _dismiss(supervisor, spec["run"])
+
+
+class _WithoutRay:
+    """Passes on what is written, less Ray's own news of dying raylets: pages of state, printed to stdout, which
+    belongs to the caller's program. What died is an event of ours."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._dropped = False
+
+    def write(self, text: str) -> int:
+        dropped = "(raylet)" in text or (self._dropped and text == "\n")
+        self._dropped = "(raylet)" in text
+        if not dropped:
+            self._stream.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def quiet_ray() -> contextlib.redirect_stdout[Any]:
+    """While in this block, Ray's news does not reach stdout."""
+    return contextlib.redirect_stdout(_WithoutRay(sys.stdout))
 
 
 @contextlib.contextmanager
-def cluster(card: str, cards: int) -> Iterator[None]:
+def cluster(card: str | None, cards: int) -> Iterator[None]:
     """A Ray cluster to run on: the one this process is in, the one of ``RAY_ADDRESS``, or a local one of our own
-    that ends with the block."""
+    that ends with the block; that one has ``cards`` simulated cards beside its real ones, or of the name ``card``."""
     if ray.is_initialized():
         yield
         return
@@ -67,12 +93,18 @@ def cluster(card: str, cards: int) -> Iterator[None]:
             ) from error
     else:
         with _env("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"):
-            own: dict[str, Any] = {} if card == "GPU" else {"resources": {card: cards}}
+            own: dict[str, Any] = {} if card in ("GPU", "NPU") else {"resources": {card or "card": cards}}
             ray.init(address="local", include_dashboard=False, **own, **quiet)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def card_kind() -> str:
+    """The accelerator of the cluster this process is connected to; simulated cards where it has none."""
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return next((kind for kind in ("GPU", "NPU") if resources.get(kind)), "card")
 
 
 @contextlib.contextmanager
@@ -88,8 +120,10 @@ def _env(name: str, value: str) -> Iterator[None]:
 
 def _supervisor(spec: dict[str, Any]) -> tuple[Any, bool]:
     """The supervisor of the run: the one that is there, or a new one."""
-    with contextlib.suppress(ValueError):
-        return ray.get_actor(actor_name(spec["run"]), namespace=NAMESPACE), True
+    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
+        going = ray.get_actor(actor_name(spec["run"]), namespace=NAMESPACE)
+        ray.get(going.attach.remote())
+        return going, True
     options = supervisor_options(spec["run"])
     place = _quiet_node(spec["card"])
     if place is not None:
@@ -147,15 +181,17 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self._before)
 
 
-def _dismiss(supervisor: Any) -> None:
+def _dismiss(supervisor: Any, run: str) -> None:
     """Take the supervisor down if its run is over (or the caller insists); it waits only for us."""
     with contextlib.suppress(ray.exceptions.RayError):
         if ray.get(supervisor.wait.remote(0.0), timeout=5) is None:
             ray.get(supervisor.abandon.remote(), timeout=30)
-        ray.get(supervisor.collected.remote(), timeout=5)
+        if ray.get(supervisor.collected.remote(), timeout=5) > 0:
+            return  # another launcher follows the same run and still wants its result
     ray.kill(supervisor)
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:  # until the name is free again: the next launch may use it at once
-        if not any(a["namespace"] == NAMESPACE for a in ray.util.list_named_actors(all_namespaces=True)):
+        named = {(a["namespace"], a["name"]) for a in ray.util.list_named_actors(all_namespaces=True)}
+        if (NAMESPACE, actor_name(run)) not in named:
             return
         time.sleep(0.01)

@@ -37,7 +37,7 @@ class LogKeeper:
     Args:
         answer: called with the events that answer commands.
         reach: failpoint of the supervisor.
-        delete: called with a ref whose nvme bytes may go on every node.
+        nodes: called with an order for every node: to remove checkpoints from its nvme tier.
         broken: called with the traceback of an error that is a bug of ours.
         near: whether this launch has an nvme tier; without one, what lies only there cannot be restored.
     """
@@ -51,7 +51,7 @@ class LogKeeper:
         describe: dict[str, Any],
         answer: Callable[[Any], None],
         reach: Callable[..., None],
-        delete: Callable[[CheckpointRef], None],
+        nodes: Callable[[dict[str, Any]], None],
         broken: Callable[[str], None],
         near: bool = True,
     ) -> None:
@@ -62,11 +62,12 @@ class LogKeeper:
         self._describe = describe
         self._answer = answer
         self._reach = reach
-        self._delete = delete
+        self._nodes = nodes
         self._broken = broken
         self._log = CommitLog(storage, new_id=lambda: uuid.uuid4().hex)
         self._orders: queue.SimpleQueue[c.Command | None] = queue.SimpleQueue()
         self._retired: list[tuple[float, CheckpointRef]] = []
+        self._sweep_at: float | None = None
         self.state = LogState()
         # What the finish record says beside the outcome: completed steps, JSON text of what rank 0 returned.
         self.steps = 0
@@ -119,7 +120,7 @@ class LogKeeper:
             self._answer(e.FenceLost(time.monotonic(), str(error), newer=False))
             return
         self._chronicle.generation(record.generation)
-        self._resume_collecting()
+        self._sweep_at = time.monotonic() + _GRACE_S
         self._reach("fence.done", generation=record.generation)
         usable, aside = self._candidates()
         self._answer(
@@ -144,18 +145,6 @@ class LogKeeper:
                 "give nvme= as before to restore it"
             )
         return usable, aside
-
-    def _resume_collecting(self) -> None:
-        """Take up what a predecessor retired and did not get to remove."""
-        known = {ref for _due, ref in self._retired}
-        try:
-            there = {name.rstrip("/").rpartition("/")[2] for name in self._storage.list("checkpoints")}
-        except ResilienceError as error:
-            self._warn(f"could not look for retired checkpoints: {error}")
-            return
-        for ref in sorted(self.state.retired - known, key=lambda ref: (ref.step, ref.generation)):
-            if str(ref) in there:
-                self._retired.append((time.monotonic() + _GRACE_S, ref))
 
     def _commit(self, command: c.Commit) -> None:
         ref, tier = command.ref, command.tier
@@ -216,18 +205,39 @@ class LogKeeper:
         self._collect()
 
     def _collect(self, *, everything: bool = False) -> None:
-        """Remove the bytes of checkpoints that were retired a grace period ago."""
-        while self._retired and (everything or self._retired[0][0] <= time.monotonic()):
+        """Remove the bytes of what was retired a grace period ago, and what older generations left behind."""
+        now = time.monotonic()
+        while self._retired and (everything or self._retired[0][0] <= now):
             _due, ref = self._retired.pop(0)
-            self._delete(ref)
-            try:
-                retention.delete(self._storage, ref)
-            except ResilienceError as error:
-                self._warn(f"could not delete retired {ref}: {error}")
-                continue
-            self._chronicle.write(
-                "checkpoint.deleted", {"generation": ref.generation, "tier": "shared"}, step=ref.step
-            )
+            self._nodes({"t": "delete", "step": ref.step, "generation": ref.generation})
+            self._remove(ref)
+        if self._sweep_at is not None and (everything or self._sweep_at <= now):
+            self._sweep_at = None
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove checkpoints of older generations that the log does not hold: retired ones whose removal was
+        interrupted, and saves that were never committed (and, after our fence, never can be)."""
+        kept = [str(checkpoint.ref) for checkpoint in self.state.checkpoints]
+        below = self._log.generation
+        self._nodes({"t": "sweep", "kept": kept, "below": below})
+        try:
+            stale = retention.stale(self._storage, kept=kept, below=below)
+        except ResilienceError as error:
+            self._warn(f"could not look for what older generations left: {error}")
+            return
+        for ref in stale:
+            self._remove(ref)
+
+    def _remove(self, ref: CheckpointRef) -> None:
+        try:
+            retention.delete(self._storage, ref)
+        except ResilienceError as error:
+            self._warn(f"could not delete {ref}: {error}")
+            return
+        self._chronicle.write(
+            "checkpoint.deleted", {"generation": ref.generation, "tier": "shared"}, step=ref.step
+        )
 
     def _finish(self, command: c.Finish) -> None:
         if self.state.finished is not None:  # it had finished before: what that record says stays

@@ -111,10 +111,12 @@ class Nodes:
         if self._thread.is_alive():
             self._thread.join(10)
         with self._lock:
-            members, self._members = list(self._members.values()), {}
+            members = list(self._members.values())
         calls = [m.agent.close.remote() for m in members]
         if calls:
             ray.wait(calls, num_returns=len(calls), timeout=_CLOSE_S)
+        with self._lock:
+            self._members.clear()
         for member in members:
             ray.kill(member.agent)
 

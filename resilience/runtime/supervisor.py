@@ -67,7 +67,7 @@ class Supervisor:
             describe={"supervisor": f"{socket.gethostname()}/{os.getpid()}"},
             answer=self._events.put,
             reach=self._reach,
-            delete=self._delete,
+            nodes=self._order_all,
             broken=self._break,
             near=spec["nvme"] is not None,
         )
@@ -79,6 +79,8 @@ class Supervisor:
         self._broken: str | None = None  # traceback of a bug of ours: never hidden, always the end
         self._done = threading.Event()
         self._collected = threading.Event()
+        self._counting = threading.Lock()
+        self._followers = 1
 
     # Called by the launcher.
 
@@ -139,9 +141,18 @@ class Supervisor:
         """End everything now, without a last checkpoint; what is committed stays."""
         self._wind_down()
 
-    def collected(self) -> None:
-        """The caller has the result: nothing is left to stay for."""
-        self._collected.set()
+    def attach(self) -> None:
+        """Another launcher follows this run."""
+        with self._counting:
+            self._followers += 1
+
+    def collected(self) -> int:
+        """A launcher has the result. Returns how many still want it; at 0 nothing is left to stay for."""
+        with self._counting:
+            self._followers -= 1
+            if self._followers <= 0:
+                self._collected.set()
+            return self._followers
 
     # The loop.
 
@@ -193,10 +204,7 @@ class Supervisor:
         self._post(command.generation, "release_at", command.step)
 
     def _post(self, generation: int, word: str, value: int) -> None:
-        for member in self._nodes.alive() if self._nodes else ():
-            self._order(
-                member.node.name, {"t": "post", "generation": generation, "word": word, "step": value}
-            )
+        self._order_all({"t": "post", "generation": generation, "word": word, "step": value})
 
     def _do_record(self, command: c.Record) -> None:
         self._chronicle.write(
@@ -223,9 +231,9 @@ class Supervisor:
 
     def _wind_down(self) -> None:
         """End agents and threads; only then tell the caller, so that nothing of ours is left by then."""
+        self._log.close()  # first: its last removals are orders to the agents
         if self._nodes is not None:
             self._nodes.close()
-        self._log.close()
         self._chronicle.close()
         self._done.set()
 
@@ -270,9 +278,9 @@ class Supervisor:
     def _order(self, node: str, order: dict[str, Any]) -> bool:
         return self._nodes is not None and self._nodes.order(node, order)
 
-    def _delete(self, ref: CheckpointRef) -> None:
+    def _order_all(self, order: dict[str, Any]) -> None:
         for member in self._nodes.alive() if self._nodes else ():
-            self._order(member.node.name, {"t": "delete", "step": ref.step, "generation": ref.generation})
+            self._order(member.node.name, order)
 
     # Faults on purpose.
 

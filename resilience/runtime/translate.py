@@ -92,6 +92,12 @@ def line_of(node: str, seen: dict[str, Any]) -> JournalLine | None:
         return "metrics.logged", {"values": seen["values"]}, {"node": node, "rank": seen["rank"]}
     if kind == "warning":
         return "warning.raised", {"message": seen["message"]}, {"node": node, "severity": "warning"}
+    if kind == "deleted":
+        return (
+            "checkpoint.deleted",
+            {"generation": seen["of"], "tier": "nvme"},
+            {"node": node, "step": seen["step"]},
+        )
     if kind == "broken":
         message = f"the agent failed, please report this:\n{seen['traceback']}"
         return "warning.raised", {"message": message}, {"node": node, "severity": "error"}

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from resilience.checkpoint import pack, retention
+from resilience.checkpoint import pack
 from resilience.checkpoint.arena import Arena
 from resilience.checkpoint.part import Part, directory
-from resilience.control.types import CheckpointRef
 from resilience.errors import ResilienceError
 from resilience.runtime.failpoint import Failpoints
 from resilience.runtime.system import die_with_parent
@@ -93,8 +92,6 @@ class Writer:
                         part=message["part"],
                     )
                 )
-            elif kind == "delete":
-                self._delete(CheckpointRef(message["step"], message["generation"]))
             elif kind == "injected":
                 self._replies.put(None)
 
@@ -214,14 +211,6 @@ class Writer:
                 "error": f"{type(error).__name__}: {error}",
             }
         )
-
-    def _delete(self, ref: CheckpointRef) -> None:
-        if self._nvme is None:
-            return
-        try:
-            retention.delete(self._nvme, ref)
-        except ResilienceError as error:
-            self._send({"t": "warning", "message": f"could not delete {ref} from nvme: {error}"})
 
 
 def _or_die(loop: Callable[[], None]) -> None:
