@@ -81,6 +81,11 @@ class VirtualCluster:
         self._nodes[node] = cards
         return name
 
+    @property
+    def address(self) -> str:
+        """What other processes put into RAY_ADDRESS to run on this cluster."""
+        return str(self._cluster.address)
+
     def heal(self) -> None:
         """Replace nodes whose raylet died, so that there are as many as at the start; returns when all are there.
 

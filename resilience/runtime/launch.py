@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from resilience.errors import UnavailableError
 from resilience.runtime.supervisor import NAMESPACE, Supervisor, actor_name, supervisor_options
 
 _VIEW_EVERY_S = 0.25
+_KNOCK_S = 5.0
 
 
 def run_to_end(spec: dict[str, Any], *, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -84,8 +86,9 @@ def cluster(card: str | None, cards: int) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except ConnectionError as error:
+        except (ConnectionError, OSError) as error:
             raise UnavailableError(
                 f"no Ray cluster answers at RAY_ADDRESS={address}: {error}",
                 operation="launch",
@@ -99,6 +102,13 @@ def cluster(card: str | None, cards: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """``OSError`` if nobody listens at ``host:port``: Ray itself tries for minutes."""
+    host, colon, port = address.rpartition(":")
+    if "/" not in address and colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
 
 
 def card_kind() -> str:
