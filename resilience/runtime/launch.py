@@ -25,6 +25,7 @@ from resilience.errors import UnavailableError
 from resilience.runtime.supervisor import NAMESPACE, Supervisor, actor_name, supervisor_options
 
 _VIEW_EVERY_S = 0.25
+_NAME_TAKEN_S = 30.0
 _KNOCK_S = 5.0
 
 
@@ -130,17 +131,31 @@ def _env(name: str, value: str) -> Iterator[None]:
 
 def _supervisor(spec: dict[str, Any]) -> tuple[Any, bool]:
     """The supervisor of the run: the one that is there, or a new one."""
-    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
-        going = ray.get_actor(actor_name(spec["run"]), namespace=NAMESPACE)
-        ray.get(going.attach.remote())
-        return going, True
+    name = actor_name(spec["run"])
     options = supervisor_options(spec["run"])
     place = _quiet_node(spec["card"])
     if place is not None:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(place, soft=False)
-    supervisor: Any = ray.remote(Supervisor).options(**options).remote(spec)
-    ray.get(supervisor.start.remote())
-    return supervisor, False
+    deadline = time.monotonic() + _NAME_TAKEN_S
+    while True:
+        with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
+            going = ray.get_actor(name, namespace=NAMESPACE)
+            ray.get(going.attach.remote())
+            return going, True
+        try:
+            supervisor: Any = ray.remote(Supervisor).options(**options).remote(spec)
+        except ValueError as error:
+            # Another launch of this run was quicker, or the name of an ended supervisor is not free yet: look again.
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"the supervisor of run {spec['run']!r} is there, and does not answer: {error}",
+                    operation="launch",
+                    hint="launch again in a moment",
+                ) from error
+            time.sleep(0.05)
+            continue
+        ray.get(supervisor.start.remote())
+        return supervisor, False
 
 
 def _quiet_node(card: str) -> str | None:

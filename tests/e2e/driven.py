@@ -13,12 +13,14 @@ import resilience
 
 
 @resilience.job(workers=2, checkpoint_every=5, hang_floor=120.0, card="card")
-def driven(run, *, control, steps, size=1000, talk=False):
+def driven(run, *, control, steps, size=1000, talk=False, pids=False):
     """Adds random numbers up, one step at a time, as soon as ``control/limit`` is above the step."""
     directory = Path(control)
     state = {"table": np.zeros(size), "n": 0}
     np.random.seed(run.rank)
     run.track(state=state)
+    if pids:
+        _say(directory / f"pid-g{run.generation}-rank-{run.rank}", str(os.getpid()))
     for step in run.steps(steps):
         _say(directory / f"at-g{run.generation}-rank-{run.rank}", str(step))
         while int((directory / "limit").read_text()) <= step:
