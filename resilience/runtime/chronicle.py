@@ -9,7 +9,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import traceback
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from resilience.errors import ResilienceError
@@ -25,12 +27,14 @@ class Chronicle:
     Args:
         storage: rooted at the run.
         source: unique among all supervisors of the run.
+        broken: called with the traceback of an error that is a bug of ours.
     """
 
-    def __init__(self, storage: Storage, *, run: str, source: str) -> None:
+    def __init__(self, storage: Storage, *, run: str, source: str, broken: Callable[[str], None]) -> None:
         self._storage = storage
         self._run = run
         self._source = source
+        self._broken = broken
         self._writer = EventWriter(storage, run=run, generation=0, source=source)
         self._old: deque[EventWriter] = deque()
         self._queue: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -60,6 +64,12 @@ class Chronicle:
         self._thread.join(10)
 
     def _loop(self) -> None:
+        try:
+            self._work()
+        except Exception:  # noqa: BLE001 - a bug of ours: it must end the run loudly, not this thread silently
+            self._broken(traceback.format_exc())
+
+    def _work(self) -> None:
         sealed = time.monotonic()
         while True:
             due = max(0.0, sealed + _SEAL_EVERY_S - time.monotonic())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,7 @@ class Nodes:
         spec: the launch spec (``run, entry, env, nvme, shared, card, levels, wanted`` cards).
         supervisor: handle of the supervisor, for the agents to report to.
         lost: called with (name, reason, last seen) when a member is gone.
+        broken: called with the traceback of an error that is a bug of ours.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Nodes:
         supervisor: Any,
         failpoints: list[dict[str, Any]],
         lost: Callable[[str, str, float], None],
+        broken: Callable[[str], None],
     ) -> None:
         self._spec = spec
         self._supervisor = supervisor
         self._failpoints = failpoints
         self._lost = lost
+        self._broken = broken
         self._members: dict[str, Member] = {}
         self._past: set[str] = set()  # a name that was lost does not come back: it is another node's now
         self._gone: set[str] = set()  # Ray ids of nodes whose agent was lost: not asked twice
@@ -121,6 +125,12 @@ class Nodes:
             ray.kill(member.agent)
 
     def _watch(self) -> None:
+        try:
+            self._look_after()
+        except Exception:  # noqa: BLE001 - a bug of ours: it must end the run loudly, not this thread silently
+            self._broken(traceback.format_exc())
+
+    def _look_after(self) -> None:
         next_look = 0.0
         while not self._closing.is_set():
             if time.monotonic() >= next_look:
@@ -135,7 +145,7 @@ class Nodes:
                 continue
             ended, _ = ray.wait(list(lifelines), timeout=0.2)
             for ref in ended:
-                self._drop(lifelines[ref], "its agent died")
+                self._drop(lifelines[ref], _why(ref))
 
     def _recruit(self, alive: dict[str, Any]) -> None:
         """Start agents on nodes with cards, as long as more cards are wanted."""
@@ -154,7 +164,8 @@ class Nodes:
 
     def _enlist(self, ray_id: str, info: dict[str, Any], count: int) -> None:
         labels = info.get("Labels") or {}
-        name = labels.get(NODE_LABEL) or _host_name(info)
+        # A name that the machine keeps over runs, so that what it wrote to its nvme tier is found again.
+        name = _plain(labels.get(NODE_LABEL) or info.get("NodeManagerHostname") or socket.gethostname())
         with self._lock:
             if name in self._members or name in self._past:
                 name = f"{name}-{ray_id[:6]}"
@@ -213,7 +224,20 @@ class Nodes:
         ray.kill(member.agent)  # if it lives after all: it is fenced, and its cards are wanted back
 
 
-def _host_name(info: dict[str, Any]) -> str:
-    """A name that the machine keeps over runs, so that what it wrote to its nvme tier is found again."""
-    name = info.get("NodeManagerHostname") or socket.gethostname()
+def _plain(name: str) -> str:
+    """``name`` as a segment of object names."""
     return "".join(ch if ch.isalnum() or ch in "._-" else "-" for ch in name)
+
+
+def _why(lifeline: Any) -> str:
+    """Why an agent ended: what its call says, in a line."""
+    try:
+        ray.get(lifeline, timeout=1.0)
+    except ray.exceptions.ActorDiedError as error:
+        # The constructor's own error is worth more than Ray's account of a death.
+        cause = str(error).strip().splitlines()
+        told = [line for line in cause if "Error" in line and "ActorDiedError" not in line]
+        return f"its agent died: {told[-1].strip()}" if told else "its agent died"
+    except ray.exceptions.RayError as error:
+        return f"its agent died: {type(error).__name__}"
+    return "its agent ended"

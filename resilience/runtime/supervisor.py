@@ -56,7 +56,8 @@ class Supervisor:
         self._state = State.initial(self._policy, spec["run"], at=time.monotonic())
         self._storage = open_storage(spec["shared"])
         self._source = f"supervisor-{uuid.uuid4().hex[:8]}"
-        self._chronicle = Chronicle(self._storage, run=spec["run"], source=self._source)
+        self._broken: str | None = None  # traceback of a bug of ours: never hidden, always the end
+        self._chronicle = Chronicle(self._storage, run=spec["run"], source=self._source, broken=self._break)
         self._plan = [{**fault, "index": i} for i, fault in enumerate(spec["faults"])]
         self._faults = Faults(self._chronicle)
         self._failpoints = Failpoints(self._plan, self._inject)
@@ -76,7 +77,6 @@ class Supervisor:
         self._metrics: dict[str, float] = {}
         self._value: str | None = None
         self._total: int | None = None
-        self._broken: str | None = None  # traceback of a bug of ours: never hidden, always the end
         self._done = threading.Event()
         self._collected = threading.Event()
         self._counting = threading.Lock()
@@ -91,7 +91,7 @@ class Supervisor:
             "run.started", {**spec["describe"], "arguments": spec["arguments"]}, urgent=True
         )
         me = ray.get_runtime_context().current_actor
-        self._nodes = Nodes(spec, me, self._plan, self._node_lost)
+        self._nodes = Nodes(spec, me, self._plan, self._node_lost, self._break)
         self._nodes.start()
         threading.Thread(target=self._loop, name="supervise", daemon=True).start()
 
@@ -263,7 +263,7 @@ class Supervisor:
                 self._log.persisted(ref, seen["tier"], seen["rank"], seen["size"])
             if kind == "finished" and seen["rank"] == 0:
                 self._value = seen["value"]
-            if kind == "log" and seen["values"]:
+            if kind == "log" and seen["values"] and seen["rank"] == 0:
                 self._metrics = {**self._metrics, **seen["values"][-1]}
             event = event_of(node, seen, at, self._restoring)
             if event is not None:
@@ -273,6 +273,9 @@ class Supervisor:
                 self._chronicle.write(line[0], line[1], **line[2])
 
     def _node_lost(self, name: str, reason: str, last_seen: float) -> None:
+        if name not in self._state.cluster.nodes:  # it never joined, so no decision will speak of it
+            message = f"node {name} could not be used: {reason}"
+            self._chronicle.write("warning.raised", {"message": message}, node=name, severity="warning")
         self._events.put(e.NodeLost(time.monotonic(), name, reason, last_seen))
 
     def _order(self, node: str, order: dict[str, Any]) -> bool:
