@@ -48,8 +48,11 @@ class NodeAgent:
         self._reporter = threading.Thread(target=self._report_loop, name="reports", daemon=True)
         self._cards = SimulatedCards()
         scratch = str(Path(config["nvme"].removeprefix("file://"))) if config["nvme"] else None
-        self._outputs = Outputs(open_storage(config["shared"]), scratch)
+        self._outputs = Outputs(open_storage(config["shared"]), scratch, self._warn)
         self._processes = NodeProcesses(config, self._outputs, self._observed.put)
+
+    def _warn(self, message: str) -> None:
+        self._observed.put({"t": "warning", "message": message})
 
     def start(self) -> int:
         """Begin: the zygote imports the user's module, reports start to flow. Returns this process's id."""

@@ -17,41 +17,27 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
+from resilience.runtime.forked import Forked
 from resilience.runtime.output import Outputs
 from resilience.runtime.page import Page
 from resilience.runtime.saves import Saves
-from resilience.runtime.system import process_state, python_command
+from resilience.runtime.spawn import await_exit, open_output, spawn
 from resilience.runtime.wire import Channel, Closed
 
 _PROGRESS_EVERY_S = 1.0
 _TAIL_LINES = 40
-
-
-@dataclass
-class _Process:
-    """A forked child of the zygote: a rank, or the store of a generation."""
-
-    key: str
-    generation: int
-    rank: int | None
-    channel: Channel
-    page: Page | None
-    output: str = ""
-    pid: int | None = None
-    pidfd: int | None = None
-    condemned: bool = False
-    told: dict[str, Any] = field(default_factory=dict)  # its last words: finished, failed, restore_failed
+_REAP_S = 5.0  # a zygote that does not reap for this long is stuck: it is ended, and another started
+_EXIT_NOT_STARTED = 70
+_MAX_DEATHS = 3  # of zygotes in a row, while they import the user's module
 
 
 class NodeProcesses:
     """The processes of one node.
 
     Args:
-        config: ``name, run, entry, env, nvme, shared`` (URLs of the run's roots), ``arguments`` (pickled by the
-            launcher, loaded in the rank's parent only).
+        config: ``name, run, entry, env``, and ``nvme, shared`` (URLs of the run's roots).
         outputs: where the ranks' output goes.
         emit: called from the node's thread with each observation.
     """
@@ -67,26 +53,38 @@ class NodeProcesses:
         self._selector = selectors.DefaultSelector()
         self._zygote: tuple[subprocess.Popen[bytes], Channel] | None = None
         self._zygote_ready = False
-        self._processes: dict[str, _Process] = {}
+        self._was_ready = False
+        self._deaths = 0  # of zygotes since one was last ready
+        self._unloadable = ""  # why no zygote can import the user's module
+        self._processes: dict[str, Forked] = {}
         self._stopping: list[tuple[int, str]] = []
         self._saves = Saves(config, self._spawn, emit, self._set_failing)
         self._last_progress = 0.0
         self._closing = False
+        self._ordering = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._loop, name="node", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def order(self, message: dict[str, Any]) -> None:
-        """Hand over an order: ``start, stop, store, post, arm, injected, delete, signal, close``."""
-        self._orders.put(message)
-        os.eventfd_write(self._wake, 1)
+        """Hand over an order: ``start, stop, store, post, arm, injected, signal, close``."""
+        with self._ordering:
+            if not self._closed:
+                self._orders.put(message)
+                os.eventfd_write(self._wake, 1)
 
     def close(self, timeout: float = 10.0) -> None:
-        """End every process and the thread. May run twice."""
+        """End every process and the thread. May run twice; orders that come later are dropped."""
         self.order({"t": "close"})
         if self._thread.ident is not None:
             self._thread.join(timeout)
+        with self._ordering:
+            if not self._closed and not self._thread.is_alive():
+                self._closed = True
+                self._selector.close()
+                os.close(self._wake)
 
     def pids(self) -> list[int]:
         """Every process of this node (for tests, and for killing a node on purpose)."""
@@ -98,11 +96,11 @@ class NodeProcesses:
     # The loop.
 
     def _loop(self) -> None:
-        self._selector.register(self._wake, selectors.EVENT_READ, ("wake", None))
-        # Children get PDEATHSIG from this thread, which lives as long as the agent does.
-        self._spawn_zygote()
-        self._saves.start()
         try:
+            self._selector.register(self._wake, selectors.EVENT_READ, ("wake", None))
+            # Children get PDEATHSIG from this thread, which lives as long as the agent does.
+            self._spawn_zygote()
+            self._saves.start()
             self._serve()
         except Exception:  # noqa: BLE001 - a bug of ours: this node must fail loudly, not fall silent
             self._emit({"t": "broken", "traceback": traceback.format_exc()})
@@ -111,12 +109,25 @@ class NodeProcesses:
 
     def _serve(self) -> None:
         while not self._closing:
-            for key, _ in self._selector.select(timeout=0.25):
+            self._want_writable()
+            for key, events in self._selector.select(timeout=0.25):
                 if self._selector.get_map().get(key.fd) is not key:
                     continue  # what came before it in this round has closed it
-                kind, subject = key.data
-                getattr(self, f"_on_{kind}")(subject)
+                if events & selectors.EVENT_WRITE and isinstance(key.fileobj, Channel):
+                    key.fileobj.flush()
+                if events & selectors.EVENT_READ:
+                    kind, subject = key.data
+                    getattr(self, f"_on_{kind}")(subject)
+            self._check_zygote()
             self._report_progress()
+
+    def _want_writable(self) -> None:
+        """Be told when channels with something left to send can take it: this thread waits for no peer."""
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.fileobj, Channel):
+                write = selectors.EVENT_WRITE if key.fileobj.pending else 0
+                if key.events != selectors.EVENT_READ | write:
+                    self._selector.modify(key.fileobj, selectors.EVENT_READ | write, key.data)
 
     def _on_wake(self, _subject: None) -> None:
         os.eventfd_read(self._wake)
@@ -128,29 +139,19 @@ class NodeProcesses:
             getattr(self, f"_order_{message['t']}")(message)
 
     def _spawn(self, module: str, kind: str) -> tuple[subprocess.Popen[bytes], Channel]:
-        ours, theirs = Channel.pair()
-        os.set_inheritable(theirs.fileno(), True)
-        with self._outputs.open(f"{kind}-{self._config['name']}") as log:
-            process = subprocess.Popen(
-                # The run and the node are for people (and leak checks) reading the process list.
-                python_command(
-                    module, str(theirs.fileno()), str(os.getpid()), self._config["run"], self._config["name"]
-                ),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **self._config["env"]},
-                start_new_session=True,
-            )
-        theirs.close()
-        self._selector.register(ours, selectors.EVENT_READ, (kind, ours))
-        return process, ours
+        _path, log = open_output(self._outputs, f"{kind}-{self._config['name']}", self._warn)
+        with log:
+            process, channel = spawn(module, self._config, log)
+        self._selector.register(channel, selectors.EVENT_READ, (kind, channel))
+        return process, channel
+
+    def _warn(self, message: str) -> None:
+        self._emit({"t": "warning", "message": message})
 
     def _spawn_zygote(self) -> None:
         self._zygote_ready = False
         self._zygote = self._spawn("resilience.runtime.zygote", "zygote")
-        self._zygote[1].send({"t": "load", "entry": self._config["entry"], "env": self._config["env"]})
+        self._zygote[1].post({"t": "load", "entry": self._config["entry"], "env": self._config["env"]})
 
     def _on_writer(self, channel: Channel) -> None:
         if not self._saves.hear():
@@ -162,39 +163,71 @@ class NodeProcesses:
 
     def _on_zygote(self, channel: Channel) -> None:
         try:
-            message, fds = channel.receive()
+            messages = channel.take()
         except Closed:
             self._zygote_gone(channel)
             return
+        for message, fds in messages:
+            self._zygote_said(message, fds)
+
+    def _zygote_said(self, message: dict[str, Any], fds: list[int]) -> None:
         kind = message["t"]
         if kind == "ready":
-            self._zygote_ready = True
+            self._zygote_ready = self._was_ready = True
+            self._deaths = 0
             self._emit({"t": "ready", "threads": message["threads"]})
         elif kind == "load_failed":
-            self._emit(message)
+            self._give_up(message["error"], message["traceback"])
         elif kind == "forked":
             process = self._processes[message["key"]]
             process.pid, process.pidfd = message["pid"], fds[0]
             self._selector.register(process.pidfd, selectors.EVENT_READ, ("pidfd", process))
             if process.condemned:
-                self._kill(process)
+                process.condemn()
+        elif kind == "fork_failed":
+            self._gone(self._processes[message["key"]], _EXIT_NOT_STARTED, None, message["error"])
         elif kind == "exited":
             for process in list(self._processes.values()):
                 if process.pid == message["pid"]:
                     self._gone(process, message["code"], message["signal"])
 
+    def _give_up(self, error: str, trace: str) -> None:
+        """No zygote of ours can import the user's module: trying again would change nothing."""
+        self._unloadable = error
+        self._emit({"t": "load_failed", "error": error, "traceback": trace})
+        if self._was_ready:  # the run counts on this node, which is of no use any more
+            self._emit({"t": "broken", "traceback": f"no rank can be started any more: {error}\n{trace}"})
+
     def _zygote_gone(self, channel: Channel) -> None:
         """The kernel kills the ranks with their zygote; report each, and start another zygote."""
+        assert self._zygote is not None
         self._selector.unregister(channel)
         channel.close()
-        if self._zygote is not None:
-            self._zygote[0].wait()
+        if not await_exit(self._zygote[0]):
+            self._zygote[0].kill()  # it only let go of its channel
+        code = self._zygote[0].wait()
         for process in list(self._processes.values()):
-            if process.pid is not None:
-                self._kill(process)
+            process.signal(signal.SIGKILL)
+            process.await_end(5.0)  # that a generation is stopped is said only when it is
             self._gone(process, None, signal.SIGKILL)
-        if not self._closing:
+        if not self._zygote_ready and not self._unloadable:
+            self._deaths += 1
+            if self._deaths >= _MAX_DEATHS:
+                end = f"exit code {code}" if code >= 0 else f"signal {-code}"
+                error = (
+                    f"the process died {self._deaths} times while it imported the training function: {end}"
+                )
+                self._give_up(error, "")
+        self._zygote = None
+        if not self._closing and not self._unloadable:
             self._spawn_zygote()
+
+    def _check_zygote(self) -> None:
+        """End a zygote that is stopped or stuck: how its children end would never be told."""
+        now = time.monotonic()
+        late = [p for p in self._processes.values() if p.ended_at is not None and now - p.ended_at > _REAP_S]
+        if late and self._zygote is not None:
+            self._zygote[0].kill()
 
     def _order_start(self, message: dict[str, Any]) -> None:
         for rank in message["ranks"]:
@@ -204,45 +237,39 @@ class NodeProcesses:
         self._fork("store", None, {}, message["generation"])
 
     def _fork(self, kind: str, rank: int | None, order: dict[str, Any], generation: int) -> None:
-        assert self._zygote is not None
         ours, theirs = Channel.pair()
         key = f"{kind}-{rank}-g{generation}" if rank is not None else f"{kind}-g{generation}"
-        process = _Process(key=key, generation=generation, rank=rank, channel=ours, page=None)
+        process = Forked(key=key, generation=generation, rank=rank, channel=ours, page=None)
         fds = [theirs.fileno()]
-        output = None
-        if rank is not None:
-            process.page = Page.create()
-            process.page.saves_failing = self._saves.failing
-            process.output = self._outputs.rank(generation, rank)
-            output = open(process.output, "ab")  # noqa: SIM115 - its descriptor travels to the child
-            fds = [process.page.fd, theirs.fileno(), output.fileno()]
-        self._processes[key] = process
-        self._selector.register(ours, selectors.EVENT_READ, (kind, process))
-        with contextlib.suppress(Closed):  # a dying zygote is seen on its own channel
-            self._zygote[1].send(
+        with contextlib.ExitStack() as theirs_only:
+            theirs_only.callback(theirs.close)
+            if rank is not None:
+                process.page = Page.create()
+                process.page.saves_failing = self._saves.failing
+                process.output, output = open_output(self._outputs, f"g{generation}/rank-{rank}", self._warn)
+                theirs_only.callback(output.close)
+                fds = [process.page.fd, theirs.fileno(), output.fileno()]
+            self._processes[key] = process
+            self._selector.register(ours, selectors.EVENT_READ, ("child", process))
+            if self._zygote is None:
+                error = f"the training function cannot be imported: {self._unloadable}"
+                self._gone(process, _EXIT_NOT_STARTED, None, error)
+                return
+            # One that dies with this unread is seen on its channel, and its children are reported then.
+            self._zygote[1].post(
                 {**order, "t": kind, "key": key, "zygote": self._zygote[0].pid, "generation": generation}, fds
             )
-        theirs.close()
-        if output is not None:
-            output.close()
 
-    def _on_store(self, process: _Process) -> None:
+    def _on_child(self, process: Forked) -> None:
         try:
-            message, _ = process.channel.receive()
+            messages = process.channel.take()
         except Closed:
             self._selector.unregister(process.channel)
             return
-        self._emit({"t": "store", "generation": process.generation, "port": message["port"]})
+        for message, fds in messages:
+            self._hear(process, message, fds)
 
-    def _on_rank(self, process: _Process) -> None:
-        try:
-            message, fds = process.channel.receive()
-        except Closed:
-            self._selector.unregister(process.channel)
-            return
-        self._hear(process, message, fds)
-
-    def _hear(self, process: _Process, message: dict[str, Any], fds: list[int]) -> None:
+    def _hear(self, process: Forked, message: dict[str, Any], fds: list[int]) -> None:
         kind = message["t"]
         if kind == "arena":
             self._saves.arena((process.generation, int(process.rank or 0), message["arena"]), fds[0])
@@ -258,26 +285,21 @@ class NodeProcesses:
         if kind == "stepped":
             self._last_progress = 0.0  # the first step ends a recovery: say so at once
 
-    def _on_pidfd(self, process: _Process) -> None:
+    def _on_pidfd(self, process: Forked) -> None:
         """The process is gone; how it ended comes from the zygote, which is its parent."""
         if process.pidfd is not None:
             self._selector.unregister(process.pidfd)
-            os.close(process.pidfd)
-            process.pidfd = None
+            process.release_pidfd()
+            process.ended_at = time.monotonic()
 
-    def _gone(self, process: _Process, code: int | None, number: int | None) -> None:
+    def _gone(self, process: Forked, code: int | None, number: int | None, note: str = "") -> None:
         if self._processes.pop(process.key, None) is None:
             return
         self._on_pidfd(process)
         self._drain(process)
         step = process.page.step if process.page is not None else None
-        if process.pid is not None:
-            with contextlib.suppress(ProcessLookupError):  # children of the user's code, if any are left
-                os.killpg(process.pid, signal.SIGKILL)
-        if process.page is not None:
-            process.page.close()
+        process.close()
         if process.rank is not None:
-            tail = self._outputs.finish(process.output, _TAIL_LINES)
             self._emit(
                 {
                     "t": "exited",
@@ -286,7 +308,7 @@ class NodeProcesses:
                     "code": code,
                     "signal": number,
                     "told": process.told,
-                    "output": tail,
+                    "output": self._outputs.finish(process.output, _TAIL_LINES) + note,
                     "step": step,
                     "condemned": process.condemned,
                 }
@@ -294,32 +316,22 @@ class NodeProcesses:
             self._saves.orphan(process.generation, process.rank)
         self._report_stopped()
 
-    def _drain(self, process: _Process) -> None:
+    def _drain(self, process: Forked) -> None:
         """Read what the dead process still said: its bytes are in the socket."""
-        process.channel._sock.setblocking(False)
-        while process.channel in self._selector.get_map():
-            try:
-                message, fds = process.channel.receive()
-            except (Closed, BlockingIOError):
-                self._selector.unregister(process.channel)
-                break
-            if process.rank is not None:
-                self._hear(process, message, fds)
-        process.channel.close()
+        with contextlib.suppress(Closed):
+            while messages := process.channel.take():
+                for message, fds in messages:
+                    self._hear(process, message, fds)
+        with contextlib.suppress(KeyError):  # its end may have been seen there before
+            self._selector.unregister(process.channel)
 
     # Ending them.
-
-    def _kill(self, process: _Process) -> None:
-        process.condemned = True
-        if process.pidfd is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
 
     def _order_stop(self, message: dict[str, Any]) -> None:
         self._stopping.append((message["generation"], message["token"]))
         for process in self._processes.values():
             if process.generation <= message["generation"]:
-                self._kill(process)
+                process.condemn()
         self._report_stopped()
 
     def _report_stopped(self) -> None:
@@ -333,22 +345,18 @@ class NodeProcesses:
 
     def _end_everything(self) -> None:
         for process in self._processes.values():
-            self._kill(process)
+            process.condemn()
         if self._zygote is not None:
             self._zygote[0].kill()
             self._zygote[0].wait()
             self._zygote[1].close()
+            self._zygote = None
         self._saves.close()
         for process in self._processes.values():
-            if process.pidfd is not None:
-                # The zygote is gone, so the kernel reaps its children: wait for the descriptor to say so.
-                selectors_wait(process.pidfd, 5.0)
-                os.close(process.pidfd)
-            process.channel.close()
-            if process.page is not None:
-                process.page.close()
+            # The zygote is gone, so the kernel reaps its children: their descriptors say so.
+            process.await_end(5.0)
+            process.close()
         self._processes.clear()
-        self._selector.close()
 
     # Orders to ranks, through their pages.
 
@@ -364,19 +372,14 @@ class NodeProcesses:
         """A fault was carried out: the process that waits at its failpoint may go on."""
         if message["source"] == "writer":
             self._saves.tell({"t": "injected"})
-        for process in self._processes.values():
-            if process.key == message["source"]:
-                with contextlib.suppress(Closed):
-                    process.channel.send({"t": "injected"})
+        elif (process := self._processes.get(message["source"])) is not None:
+            process.channel.post({"t": "injected"})
 
     def _order_signal(self, message: dict[str, Any]) -> None:
         """Send a signal to a rank, as a fault would."""
         for process in self._processes.values():
-            if process.rank == message["rank"] and process.pidfd is not None:
-                signal.pidfd_send_signal(process.pidfd, message["signal"])
-
-    def _order_delete(self, message: dict[str, Any]) -> None:
-        self._saves.tell(message)
+            if process.rank == message["rank"]:
+                process.signal(message["signal"])
 
     def _set_failing(self, failing: bool) -> None:
         for process in self._processes.values():
@@ -392,26 +395,7 @@ class NodeProcesses:
         self._last_progress = now
         by_generation: dict[int, dict[int, dict[str, Any]]] = {}
         for process in self._processes.values():
-            if process.rank is None or process.page is None or process.pid is None:
-                continue
-            ranks = by_generation.setdefault(process.generation, {})
-            ranks[process.rank] = _progress_of(process.page, process_state(process.pid))
+            if (page := process.progress()) is not None and process.rank is not None:
+                by_generation.setdefault(process.generation, {})[process.rank] = page
         for generation, ranks in by_generation.items():
             self._emit({"t": "progress", "generation": generation, "ranks": ranks})
-
-
-def _progress_of(page: Page, state: str) -> dict[str, Any]:
-    return {
-        "step": page.step,
-        "section": page.section,
-        "age_s": page.age_s,
-        "state": state,
-        "stalled_s": page.stalled_s,
-    }
-
-
-def selectors_wait(fd: int, timeout: float) -> bool:
-    """Wait until ``fd`` is readable."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(fd, selectors.EVENT_READ)
-        return bool(selector.select(timeout))

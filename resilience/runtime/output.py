@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import io
 import os
+import queue
 import shutil
 import tempfile
+import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,43 +47,75 @@ class Stream(io.FileIO):
 
 
 class Outputs:
-    """Output files of one node's processes."""
+    """Output files of one node's processes.
 
-    def __init__(self, storage: Storage, scratch: str | None) -> None:
+    Args:
+        storage: rooted at the run.
+        scratch: where files are written that cannot be written in place; ``None`` is a temporary directory.
+        warn: called with a sentence about output that could not be stored.
+    """
+
+    def __init__(
+        self, storage: Storage, scratch: str | None, warn: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._storage = storage
+        self._warn = warn
         self._scratch: Path | None = None
         self._own_scratch = False
+        self._finished: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._shipper: threading.Thread | None = None
         if not storage.capabilities.local:
             self._own_scratch = scratch is None
             self._scratch = Path(scratch) if scratch else Path(tempfile.mkdtemp(prefix="resilience-output-"))
 
-    def _path(self, name: str) -> Path:
+    def open(self, name: str) -> tuple[str, BinaryIO]:
+        """Path of the file that takes a process's output (``g<generation>/rank-<rank>``, or what one of our own is
+        called), and the file. Raises ``OSError``."""
+        name = f"logs/{name}.log"
         path = self._storage.path(name) if self._scratch is None else self._scratch / name
         assert path is not None
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def open(self, name: str) -> BinaryIO:
-        """File for the output of one of our own processes."""
-        return open(self._path(f"logs/{name}.log"), "ab")
-
-    def rank(self, generation: int, rank: int) -> str:
-        """Path of the file that takes a rank's output."""
-        return str(self._path(f"logs/g{generation}/rank-{rank}.log"))
+        return str(path), open(path, "ab")
 
     def finish(self, path: str, lines: int) -> str:
-        """The rank ended: ship its file where it is not in place already, and return its last lines."""
-        with open(path, encoding="utf-8", errors="replace") as file:
-            tail = "".join(deque(file, maxlen=lines))
+        """A rank ended: have its file shipped where it is not in place already, and return its last lines.
+
+        Waits for no storage: how a rank ended must be known before what it printed is safe.
+        """
+        if not path:
+            return ""
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                tail = "".join(deque(file, maxlen=lines))
+        except OSError as error:
+            return f"[resilience: this output could not be read: {error}]"
         if self._scratch is not None:
-            name = str(Path(path).relative_to(self._scratch))
-            try:
-                with self._storage.sink(name) as sink:
-                    sink.write(Path(path).read_bytes() or b"\n")
-            except ResilienceError as error:
-                tail += f"\n[resilience: this output could not be stored: {error.message}]"
+            if self._shipper is None:
+                self._shipper = threading.Thread(target=self._ship_all, name="outputs", daemon=True)
+                self._shipper.start()
+            self._finished.put(path)
         return tail
 
-    def close(self) -> None:
+    def _ship_all(self) -> None:
+        while (path := self._finished.get()) is not None:
+            self._ship(Path(path))
+
+    def _ship(self, path: Path) -> None:
+        assert self._scratch is not None
+        name = str(path.relative_to(self._scratch))
+        try:
+            with self._storage.sink(name) as sink:
+                sink.write(path.read_bytes() or b"\n")
+        except (ResilienceError, OSError) as error:
+            self._warn(f"{name} could not be stored: {error}")
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Wait for what is being shipped, and clean up. May run twice."""
+        if self._shipper is not None:
+            self._finished.put(None)
+            self._shipper.join(timeout)
+            if self._shipper.is_alive():
+                self._warn("not all output of ranks could be stored before the end")
+            self._shipper = None
         if self._own_scratch and self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)

@@ -6,7 +6,6 @@ slots waits, and a writer that dies is started again with all that still does. L
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 from collections.abc import Callable
@@ -47,6 +46,8 @@ class Saves:
         # Sealed slots the writer still has to do, by arena, slot and step: a slot may be sealed anew before the
         # writer's word that it was free has reached us.
         self._waiting: dict[tuple[ArenaKey, int, int], dict[str, Any]] = {}
+        # Packs that are durable in the nvme tier, and not in shared storage yet: generation, rank, step.
+        self._draining: dict[tuple[int, int, int], dict[str, Any]] = {}
         self._failpoints: list[dict[str, Any]] = []
 
     def start(self) -> None:
@@ -56,7 +57,7 @@ class Saves:
         self.tell({"t": "arm", "failpoints": self._failpoints})
         for key, fd in self._arenas.items():
             self.tell({"t": "arena", "key": list(key)}, [fd])
-        for order in self._waiting.values():
+        for order in (*self._waiting.values(), *self._draining.values()):
             self.tell(order)
 
     def pids(self) -> list[int]:
@@ -65,8 +66,7 @@ class Saves:
     def tell(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
         """Send to the writer. One that is gone is seen by ``hear``, and its successor is told all it needs."""
         if self._writer is not None:
-            with contextlib.suppress(Closed):
-                self._writer[1].send(message, fds or ())
+            self._writer[1].post(message, fds or ())
 
     def arm(self, failpoints: list[dict[str, Any]]) -> None:
         self._failpoints = failpoints
@@ -107,20 +107,36 @@ class Saves:
         """The writer said something. False: it is gone; its channel is to be closed and ``revive`` called."""
         assert self._writer is not None
         try:
-            message, _ = self._writer[1].receive()
+            messages = self._writer[1].take()
         except Closed:
             return False
-        if message["t"] == "slot_free":
+        for message, _fds in messages:
+            self._said(message)
+        return True
+
+    def _said(self, message: dict[str, Any]) -> None:
+        kind = message["t"]
+        if kind == "slot_free":
             self._deaths = 0
             self._waiting.pop((tuple(message["key"]), message["slot"], message["step"]), None)
-            self.failing = not message["saved"]
-            self._set_failing(self.failing)
+            self._fail(not message["saved"])
             self._forget()
-        elif message["t"] == "inject":
-            self._emit({**message, "source": "writer"})
-        else:
-            self._emit(message)
-        return True
+            return
+        if kind in ("persisted", "save_failed"):
+            self._note_drain(message)
+        self._emit({**message, "source": "writer"} if kind == "inject" else message)
+
+    def _note_drain(self, message: dict[str, Any]) -> None:
+        key = (message["generation"], message["rank"], message["step"])
+        if message["tier"] == "shared":
+            self._draining.pop(key, None)
+        elif message["t"] == "persisted":
+            order = {name: message[name] for name in ("generation", "rank", "step")}
+            self._draining[key] = {"t": "drain", **order}
+
+    def _fail(self, failing: bool) -> None:
+        self.failing = failing
+        self._set_failing(failing)
 
     def revive(self) -> None:
         """Start another writer; what several of them died of is given up, so that this ends."""
@@ -129,15 +145,27 @@ class Saves:
         self._writer = None
         self._deaths += 1
         self._emit({"t": "warning", "message": "the writer died; another goes on with the sealed slots"})
+        given_up: list[dict[str, Any]] = []
         if self._deaths >= _MAX_DEATHS:
-            error = f"the writer died {self._deaths} times over it (see its log)"
-            for order in self._waiting.values():
-                failed = {key: order[key] for key in ("rank", "generation", "step")}
-                self._emit({**failed, "t": "save_failed", "tier": "memory", "error": error})
-            self._waiting.clear()
-            self._deaths = 0
-            self._forget()
+            given_up = self._give_up()
         self.start()
+        for order in given_up:
+            self.tell({**order, "t": "release"})  # its rank may use the slot again
+        self._forget()
+
+    def _give_up(self) -> list[dict[str, Any]]:
+        error = f"the writer died {self._deaths} times over it (see its log)"
+        given_up = list(self._waiting.values())
+        for tier, orders in (("memory", given_up), ("shared", list(self._draining.values()))):
+            for order in orders:
+                failed = {key: order[key] for key in ("rank", "generation", "step")}
+                self._emit({**failed, "t": "save_failed", "tier": tier, "error": error})
+        self._waiting.clear()
+        self._draining.clear()
+        self._deaths = 0
+        if given_up:
+            self._fail(True)
+        return given_up
 
     def close(self) -> None:
         """End the writer and let go of all memory."""

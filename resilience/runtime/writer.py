@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resilience.checkpoint import pack
-from resilience.checkpoint.arena import Arena
+from resilience.checkpoint.arena import Arena, SlotKind
 from resilience.checkpoint.part import Part, directory
 from resilience.errors import ResilienceError
 from resilience.runtime.failpoint import Failpoints
@@ -92,6 +92,12 @@ class Writer:
                         part=message["part"],
                     )
                 )
+            elif kind == "drain":
+                self._drain.put(_Job(message["rank"], message["generation"], message["step"]))
+            elif kind == "release":
+                arena = self._arenas[tuple(message["key"])]
+                if _holds(arena, message["slot"], message["step"], message["generation"]):
+                    arena.release(message["slot"])
             elif kind == "injected":
                 self._replies.put(None)
 
@@ -116,10 +122,13 @@ class Writer:
         while True:
             job = self._persist.get()
             arena = self._arenas[job.arena or (0, 0, 0)]  # its agent keeps it as long as a slot of it waits
-            part = Part.from_json(job.part or {})
-            saved = self._save(job, arena, part)
-            # Free the slot only after the bytes are safe, or after it is certain that they will not be.
-            (arena.persisted if saved else arena.release)(job.slot)
+            saved = True
+            # A predecessor may have died after it was done with the slot and before it could say so. The rank
+            # may be writing the next snapshot there by now, which must not be taken for this one.
+            if _holds(arena, job.slot, job.step, job.generation):
+                saved = self._save(job, arena, Part.from_json(job.part or {}))
+                # Free it only after the bytes are safe, or after it is certain that they will not be.
+                (arena.persisted if saved else arena.release)(job.slot)
             self._send(
                 {
                     "t": "slot_free",
@@ -211,6 +220,12 @@ class Writer:
                 "error": f"{type(error).__name__}: {error}",
             }
         )
+
+
+def _holds(arena: Arena, slot: int, step: int, generation: int) -> bool:
+    """Whether the slot is sealed with this very snapshot: then nobody else touches it."""
+    state = arena.state(slot)
+    return (state.kind, state.step, state.generation) == (SlotKind.SEALED, step, generation)
 
 
 def _or_die(loop: Callable[[], None]) -> None:

@@ -72,7 +72,13 @@ class Zygote:
             return
 
     def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # too many processes, too little memory: this rank's trouble, not its peers'
+            for fd in fds:
+                os.close(fd)
+            self._channel.send({"t": "fork_failed", "key": message["key"], "error": f"fork: {error}"})
+            return
         if pid == 0:
             self._become(message, fds)  # never returns
         for fd in fds:
