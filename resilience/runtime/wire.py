@@ -104,19 +104,26 @@ class Channel:
         return b"".join(chunks)
 
     def take(self) -> list[tuple[dict[str, Any], list[int]]]:
-        """The messages that are here whole, without waiting for more. Raises ``Closed`` when none is and the
-        other end is gone."""
-        ended = False
-        try:
-            # Descriptors come with the first byte of their message at the latest, and in order.
-            data, fds = self._read(_TAKE, socket.MSG_DONTWAIT)
-            ended = not data
+        """Messages that are here whole, without waiting for more; none means that there is nothing more to read
+        now. Raises ``Closed`` when the other end is gone and everything it said has been taken."""
+        found: list[tuple[dict[str, Any], list[int]]] = []
+        while not found:
+            try:
+                # Descriptors come with the first byte of their message at the latest, and in order.
+                data, fds = self._read(_TAKE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except ConnectionResetError as error:
+                raise Closed from error
+            if not data:
+                raise Closed
             self._in += data
             self._in_fds.extend(fds)
-        except BlockingIOError:
-            pass
-        except ConnectionResetError:
-            ended = True
+            found = self._whole()
+        return found
+
+    def _whole(self) -> list[tuple[dict[str, Any], list[int]]]:
+        """Take the whole messages out of what was read."""
         found = []
         while len(self._in) >= _HEADER.size:
             length, count = _HEADER.unpack_from(self._in)
@@ -128,8 +135,6 @@ class Channel:
             body = bytes(self._in[_HEADER.size : end])
             del self._in[:end]
             found.append((json.loads(body), [self._in_fds.popleft() for _ in range(count)]))
-        if ended and not found:
-            raise Closed
         return found
 
     def post(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
