@@ -73,10 +73,10 @@ def _fresh(nodes: Mapping[str, Node], free: Mapping[str, Sequence[int]], workers
         for level in nodes[name].levels:
             child = domain.children.get("d" + level)
             if child is None:
-                child = domain.children["d" + level] = _Domain(_natural(level))
+                child = domain.children["d" + level] = _Domain(natural(level))
             domain = child
             domain.size += len(cards)
-        domain.children["n" + name] = _Domain(_natural(name), len(cards), node=name, cards=cards)
+        domain.children["n" + name] = _Domain(natural(name), len(cards), node=name, cards=cards)
     return _take(root, workers)
 
 
@@ -168,10 +168,10 @@ def _distance(home: Node, other: Node, room: int, wanted: int) -> tuple[int, boo
     """Order of preference for a spare on ``other``: the nearest domain first; within it the node that just
     holds all that is wanted, else the one with most room."""
     fits = room >= wanted
-    return (-_near(home, other), not fits, room if fits else -room, _natural(other.name))
+    return (-near(home, other), not fits, room if fits else -room, natural(other.name))
 
 
-def _near(home: Node, other: Node) -> int:
+def near(home: Node, other: Node) -> int:
     """How much of their topology two nodes share; the node itself is nearest."""
     if home.name == other.name:
         return 1 << 20
@@ -196,6 +196,6 @@ def _table(cards: Sequence[Card], previous: Sequence[Assignment] = ()) -> tuple[
     return tuple(table)
 
 
-def _natural(name: str) -> Key:
+def natural(name: str) -> Key:
     """Sort key that puts ``node-2`` before ``node-10``."""
     return tuple((1, int(piece), "") if piece.isdigit() else (0, 0, piece) for piece in _NUMBERS.split(name))
