@@ -146,6 +146,7 @@ class Job:
         entry = Entry.of(self.function)
         root = _absolute(str(options.storage))
         nvme = _absolute(options.nvme) if options.nvme else None
+        _check_places(root, nvme)
         shared = child(root, self.name)
         storage = open_storage(shared)
         probe(storage)
@@ -255,6 +256,27 @@ def load(target: str) -> Job:
             hint=f"its jobs: {', '.join(near) or 'none; decorate one with @resilience.job'}",
         )
     return Job(found, Options())
+
+
+def _check_places(root: str, nvme: str | None) -> None:
+    """Refuse what a run of several processes cannot use, although this process could."""
+    from storage_backends import open_storage
+
+    if root.startswith("memory:"):
+        raise InvalidError(
+            f"{root} is memory of this process: the other processes of a run see nothing of it",
+            operation="launch",
+            path=root,
+            hint="give a path that every node sees, or a URL such as s3://bucket/runs; "
+            "for a run without any storage use .local()",
+        )
+    if nvme is not None and not open_storage(nvme).capabilities.local:
+        raise InvalidError(
+            f"nvme={nvme!r} is no local directory",
+            operation="launch",
+            path=nvme,
+            hint="give a directory that every node has for itself, or leave nvme out",
+        )
 
 
 def _absolute(url: str) -> str:

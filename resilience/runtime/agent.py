@@ -143,6 +143,7 @@ class NodeAgent:
                 self._closing.wait(HEARTBEAT_S)
             if not welcome or any(seen["t"] == "broken" for seen in batch):
                 self._processes.close()
+                self._outputs.close()
                 os._exit(0)  # told that we are lost, or nobody there for a lease: free the cards
             if closing:
                 return
