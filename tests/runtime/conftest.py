@@ -153,9 +153,10 @@ class Node:
 def make_node(tmp_path):
     nodes = []
 
-    def make(**options) -> Node:
+    def make(*, prepare=lambda: None, **options) -> Node:
         directory = tmp_path / f"node{len(nodes)}"
         directory.mkdir()
+        prepare()
         node = Node(directory, **options)
         nodes.append(node)
         return node.start()

@@ -362,3 +362,18 @@ def test_a_killed_agent_leaves_no_process(tmp_path, stopped):
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, [(pid, process_state(pid)) for pid in pids]
         os.sched_yield()
+
+
+def test_output_that_cannot_be_kept_is_a_warning_and_training_goes_on(tmp_path, make_node):
+    directory = tmp_path / "node0" / "shared"
+    node = make_node(prepare=lambda: (directory.mkdir(), (directory / "logs").write_text("in the way")))
+    node.wait("ready")
+    node.train()
+    exited = node.wait("exited")
+    assert (exited["code"], exited["output"]) == (0, "")
+    told = [seen["message"] for seen in node.all("warning")]
+    assert [message.split(" is not kept")[0] for message in told] == [
+        "the output of zygote-node-0",
+        "the output of writer-node-0",
+        "the output of g1/rank-0",
+    ]

@@ -1,0 +1,298 @@
+"""The supervisor's hand on the commit log: order of durability, fencing, retiring, sweeping."""
+
+import queue
+
+import numpy as np
+import pytest
+
+from resilience.checkpoint.pack import persist
+from resilience.checkpoint.part import directory, draft
+from resilience.checkpoint.plan import plan
+from resilience.checkpoint.snapshot import specs_of
+from resilience.checkpoint.tree import flatten
+from resilience.control import commands as c
+from resilience.control import events as e
+from resilience.control.types import CheckpointRef, Outcome, Result
+from resilience.journal.events import read_events
+from resilience.journal.log import CommitLog
+from resilience.journal.records import Kind
+from resilience.runtime.chronicle import Chronicle
+from resilience.runtime.logkeeper import LogKeeper
+from storage_backends import open_storage
+from storage_backends.faults import Fault, FaultStorage
+
+
+class Watched(FaultStorage):
+    """Remembers the order in which names came to be."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.made = []
+
+    def create(self, name, data):
+        answer = super().create(name, data)
+        self.made.append(name)
+        return answer
+
+    def sink(self, name):
+        self.made.append(name)
+        return super().sink(name)
+
+
+class Keeper:
+    """A log keeper with all that it says."""
+
+    def __init__(self, storage, **options):
+        self.storage = storage
+        self.broken = []
+        self.reached = []
+        self.node_orders = []
+        self.answers = queue.SimpleQueue()
+        self.chronicle = Chronicle(
+            storage, run="r", source=f"supervisor-{id(self):x}", broken=self.broken.append
+        )
+        self.log = LogKeeper(
+            storage,
+            self.chronicle,
+            run="r",
+            describe={"supervisor": "host/1"},
+            answer=self.answers.put,
+            reach=lambda point, **at: self.reached.append(point),
+            nodes=self.node_orders.append,
+            broken=self.broken.append,
+            **options,
+        )
+
+    def ask(self, command):
+        self.log.perform(command)
+        return self.answers.get(timeout=10)
+
+    def fence(self, generation=1):
+        return self.ask(c.Fence(generation))
+
+    def close(self):
+        self.log.close()
+        self.chronicle.close()
+        assert self.broken == []
+
+    def told(self, type_):
+        self.chronicle.flush()
+        return [event for event in read_events(self.storage) if event.type == type_]
+
+
+@pytest.fixture
+def storage(request):
+    return Watched(open_storage(f"memory://logkeeper/{request.node.name}", retry=False))
+
+
+@pytest.fixture
+def make(storage):
+    made = []
+
+    def make(**options):
+        made.append(Keeper(storage, **options))
+        return made[-1]
+
+    yield make
+    for keeper in made:
+        keeper.close()
+
+
+@pytest.fixture
+def keeper(make):
+    return make()
+
+
+def save(storage, step, generation=1, value=1.0):
+    """Pack and part of a world of one; returns the command that commits them."""
+    state = {"w": np.full(100, value)}
+    arrays, skeleton = flatten(state, prefix="")
+    layout = plan(specs_of(arrays, state), rank=0, world_size=1)
+    view = memoryview(bytearray(layout.size))
+    part = draft(layout, skeleton, run="r", step=step, generation=generation)
+    result = persist(view, part, storage, directory(step, generation))
+    return c.Commit(
+        CheckpointRef(step, generation), "shared", ((0, "node-0", result.part_name, result.sha256),)
+    )
+
+
+def records(storage):
+    return CommitLog(storage, new_id=lambda: "reader").refresh()
+
+
+def test_a_fence_is_won_and_answered_with_what_can_be_restored(keeper, storage):
+    answer = keeper.fence(3)
+    assert isinstance(answer, e.Fenced)
+    assert (answer.generation, answer.candidates, answer.finished) == (3, (), False)
+    assert answer.slot == records(storage)[-1].slot
+    assert keeper.reached == ["fence.done"]
+    keeper.ask(save(storage, 10, 3))
+    again = keeper.fence(4)
+    assert [(found.ref.step, found.tier) for found in again.candidates] == [(10, "shared")]
+
+
+def test_what_the_record_refers_to_is_there_before_the_record(keeper, storage):
+    keeper.fence()
+    commit = save(storage, 10)
+    keeper.log.persisted(commit.ref, "shared", 0, 4096)
+    storage.made.clear()
+    answer = keeper.ask(commit)
+    assert isinstance(answer, e.Committed)
+    assert (answer.ref, answer.tier) == (commit.ref, "shared")
+    assert len(storage.made) == 3
+    assert sorted(storage.made[:2]) == [f"checkpoints/step-10-g1/{name}.json" for name in ("refs", "zarr")]
+    assert storage.made[2].startswith("log/")
+    record = records(storage)[-1]
+    assert record.kind is Kind.CHECKPOINT
+    assert (record.body["step"], record.body["size"], record.body["world_size"]) == (10, 4096, 1)
+    assert keeper.reached == ["fence.done", "commit.before", "commit.done"]
+
+
+def test_a_checkpoint_of_the_near_tier_has_no_zarr_metadata(keeper, storage):
+    keeper.fence()
+    commit = save(storage, 10)
+    storage.made.clear()
+    keeper.ask(c.Commit(commit.ref, "nvme", commit.parts))
+    assert [name.split("/")[0] for name in storage.made] == ["log"]
+
+
+def test_a_newer_generation_fences_us_and_nothing_is_written(make, storage):
+    old, new = make(), make()
+    old.fence(1)
+    assert new.fence(2).generation == 2
+    answer = old.ask(save(storage, 10, 1))
+    assert isinstance(answer, e.FenceLost)
+    assert answer.newer
+    assert [record.kind for record in records(storage)] == [Kind.FENCE, Kind.FENCE]
+    old.log.perform(c.Retire((CheckpointRef(5, 1),)))
+    assert isinstance(old.answers.get(timeout=10), e.FenceLost)
+
+
+def test_storage_that_is_away_fails_the_commit_and_a_later_one_works(keeper, storage):
+    keeper.fence()
+    commit = save(storage, 10)
+    storage.add(Fault("unavailable", "create", name="log/*", count=None))
+    failed = keeper.ask(commit)
+    assert isinstance(failed, e.CommitFailed)
+    assert (failed.ref, failed.tier) == (commit.ref, "shared")
+    assert "unavailable" in failed.error
+    storage.heal()
+    assert isinstance(keeper.ask(save(storage, 20)), e.Committed)
+
+
+def test_a_part_that_is_gone_fails_the_commit(keeper, storage):
+    keeper.fence()
+    commit = save(storage, 10)
+    storage.delete(commit.parts[0][2])
+    assert isinstance(keeper.ask(commit), e.CommitFailed)
+    assert [record.kind for record in records(storage)] == [Kind.FENCE]
+
+
+def test_storage_that_is_away_at_the_fence_is_told_apart_from_a_newer_generation(keeper, storage):
+    storage.add(Fault("unavailable", "*", count=None))
+    answer = keeper.fence()
+    storage.heal()
+    assert isinstance(answer, e.FenceLost)
+    assert not answer.newer
+
+
+def test_retired_bytes_go_after_the_grace_period_and_not_before(make, storage, monkeypatch):
+    keeper = make()
+    keeper.fence()
+    commits = [save(storage, step) for step in (10, 20)]
+    for commit in commits:
+        keeper.ask(commit)
+    keeper.log.perform(c.Retire((commits[0].ref,)))
+    keeper.ask(save(storage, 30))  # orders are carried out in order
+    assert storage.list("checkpoints/step-10-g1") != []
+    monkeypatch.setattr("resilience.runtime.logkeeper._GRACE_S", 0.0)
+    keeper.log._retired[0] = (0.0, commits[0].ref)  # as if its time had come
+    keeper.log.perform(c.Retire((commits[1].ref,)))
+    keeper.ask(save(storage, 40))
+    assert storage.list("checkpoints/step-20-g1") == []
+    deleted = keeper.told("checkpoint.deleted")
+    assert sorted((event.step, event.data["tier"]) for event in deleted) == [(10, "shared"), (20, "shared")]
+    assert {"t": "delete", "step": 20, "generation": 1} in keeper.node_orders
+
+
+def test_a_finished_run_removes_what_is_retired_at_its_end(make, storage):
+    keeper = make()
+    keeper.fence()
+    commit = save(storage, 10)
+    keeper.ask(commit)
+    keeper.log.perform(c.Retire((commit.ref,)))
+    keeper.log.steps, keeper.log.value = 10, '"done"'
+    keeper.log.perform(c.Finish(Outcome(Result.FINISHED)))
+    keeper.log.close()
+    assert storage.list("checkpoints/step-10-g1") == []
+    finish = records(storage)[-1]
+    assert finish.kind is Kind.FINISH
+    assert (finish.body["step"], finish.body["value"], finish.body["result"]) == (10, '"done"', "finished")
+
+
+def test_what_a_predecessor_left_is_removed_when_the_run_ends(make, storage):
+    """Retired and not removed, or never committed: both are found in the directory, not in any memory."""
+    old = make()
+    old.fence(1)
+    retired, kept = save(storage, 10), save(storage, 20)
+    old.ask(retired)
+    old.ask(kept)
+    save(storage, 25)  # durable, and never committed
+    old.log.perform(c.Retire((retired.ref,)))
+    old.log.close()  # not finished: the grace period of what it retired is not over
+    assert storage.list("checkpoints/step-10-g1") != []
+    new = make()
+    new.fence(2)
+    new.ask(save(storage, 30, 2))
+    save(storage, 35, 2)  # of this generation: may still be committed
+    new.log.perform(c.Finish(Outcome(Result.FINISHED)))
+    new.log.close()
+    left = {name.strip("/").split("/")[-1] for name in storage.list("checkpoints")}
+    assert left == {"step-20-g1", "step-30-g2", "step-35-g2"}
+    assert {"t": "sweep", "kept": ["step-30-g2", "step-20-g1"], "below": 2} in new.node_orders
+
+
+def test_bytes_that_cannot_be_removed_are_a_warning(make, storage, monkeypatch):
+    monkeypatch.setattr("resilience.runtime.logkeeper._GRACE_S", 0.0)
+    keeper = make()
+    keeper.fence()
+    commit = save(storage, 10)
+    keeper.ask(commit)
+    storage.add(Fault("unavailable", "delete_all", count=None))
+    keeper.log.perform(c.Retire((commit.ref,)))
+    keeper.ask(save(storage, 20))
+    assert any(
+        "could not delete step-10-g1" in event.data["message"] for event in keeper.told("warning.raised")
+    )
+
+
+def test_without_a_near_tier_what_lies_only_there_is_set_aside_and_said(make, storage):
+    first = make()
+    first.fence(1)
+    shared = save(storage, 10)
+    first.ask(shared)
+    near = save(storage, 20)
+    first.ask(c.Commit(near.ref, "nvme", near.parts))
+    second = make(near=False)
+    answer = second.fence(2)
+    assert [(found.ref.step, found.tier) for found in answer.candidates] == [(10, "shared")]
+    assert [(found.ref.step, found.tier) for found in answer.unusable] == [(20, "nvme")]
+    assert "give nvme=" in second.told("warning.raised")[0].data["message"]
+
+
+def test_quarantined_is_recorded_and_not_offered_again(keeper, storage):
+    keeper.fence()
+    commit = save(storage, 10)
+    keeper.ask(commit)
+    keeper.log.perform(c.Quarantine(commit.ref, "shared", "loss jumped"))
+    answer = keeper.fence(2)
+    assert answer.candidates == ()
+    assert [found.ref for found in answer.unusable] == [commit.ref]
+
+
+def test_a_bug_of_ours_is_told_with_its_traceback(storage):
+    keeper = Keeper(storage)
+    keeper.log.perform(c.OpenStore(1, "n"))  # not an order for the log
+    keeper.log._thread.join(10)
+    assert "_openstore" in keeper.broken[0]
+    keeper.chronicle.close()
