@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from dataclasses import dataclass, field, fields
@@ -68,12 +69,23 @@ class Options:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         for name in ("capacity_deadline", "start_deadline", "stop_deadline", "hang_floor"):
-            if not isinstance(getattr(self, name), int | float) or getattr(self, name) <= 0:
-                _refuse(name, getattr(self, name), "a number of seconds > 0")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                _refuse(name, value, "a number of seconds > 0")
         if not isinstance(self.overhead, float) or not 0 < self.overhead < 1:
             _refuse("overhead", self.overhead, "a fraction between 0 and 1")
         if self.name is not None and not _NAME.fullmatch(self.name):
             _refuse("name", self.name, "letters, digits, '.', '_' and '-', at most 100")
+        if isinstance(self.topology, str) or not all(isinstance(level, str) for level in self.topology):
+            _refuse("topology", self.topology, "a tuple of level names, outermost first")
+        if not isinstance(self.env, dict) or not all(
+            isinstance(item, str) for pair in self.env.items() for item in pair
+        ):
+            _refuse("env", self.env, "a dict of strings")
+        if self.card is not None and (not isinstance(self.card, str) or not self.card):
+            _refuse("card", self.card, "the name of a Ray resource, such as GPU, NPU or card")
+        if isinstance(self.faults, str) or not all(isinstance(fault, dict) for fault in self.faults):
+            _refuse("faults", self.faults, "a tuple of faults as chaos.faults makes them")
         if not isinstance(self.storage, str | os.PathLike) or not str(self.storage):
             _refuse("storage", self.storage, "a path or an fsspec URL")
 

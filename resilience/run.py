@@ -126,7 +126,8 @@ class Run:
 
     def steps(self, total: int) -> Iterator[int]:
         """Yield the steps still to do, ``resumed .. total-1``: heartbeat, snapshot, checkpoint and stop point are
-        at the boundary between two of them. One loop a run.
+        at the boundary between two of them. One loop a run. A step left with ``break`` does not count as completed;
+        ``run.checkpoint()`` after the loop saves what there is then, as of the steps completed.
 
         Args:
             total: steps of the whole run, over all its generations.
@@ -139,30 +140,57 @@ class Run:
             raise InvalidError(
                 f"steps({total!r}): give a number of steps >= 0", operation="steps", hint="an int"
             )
+        if total < self.step:
+            raise InvalidError(
+                f"steps({total}): the run has completed {self.step} already",
+                operation="steps",
+                step=self.step,
+                hint="give at least that many, or start a new run with --name",
+            )
         self._looped = True
         return self._loop(total)
 
     def _loop(self, total: int) -> Iterator[int]:
         host = self._host
+        self._check_all_restored()
         restored = host.restored()
         if restored is not None and self._with_rng and _RNG in restored[1]:
             rng.apply(restored[1][_RNG])
         self._in_loop = True
         self._sections = ["step"]
         host.enter("step")
-        for step in range(self.step, total):
-            self.step = step
-            host.begin(step)
-            yield step
-            done = step + 1
-            self.step = done
-            if host.end(done, total) or self._asked:
-                self._save(done)
-            if host.stop_point(done):
-                raise Interrupted
-        self._in_loop = False
-        self._sections = ["end"]
-        host.enter("end")
+        try:
+            for step in range(self.step, total):
+                self.step = step
+                host.begin(step)
+                yield step
+                done = step + 1
+                self.step = done
+                if host.end(done, total) or self._asked:
+                    self._save(done)
+                if host.stop_point(done):
+                    raise Interrupted
+        finally:
+            # Also when the caller leaves the loop with ``break``: what follows is no step, and may take long.
+            self._in_loop = False
+            self._sections = ["end"]
+            host.enter("end")
+
+    def _check_all_restored(self) -> None:
+        """Nothing that was saved is dropped silently: an optimizer that is not tracked any more, for one."""
+        restored = self._host.restored()
+        if restored is None:
+            return
+        left = set(restored[1]) - set(self._objects) - {_RNG}
+        if self._functional is not None:
+            left.discard("functional")
+        if left:
+            raise InvalidError(
+                f"the checkpoint also holds {', '.join(sorted(left))}, which nothing tracks",
+                operation="restore",
+                step=restored[0],
+                hint="track it under that name (run.restore for functional state), or start a new run with --name",
+            )
 
     def checkpoint(self) -> None:
         """Make a checkpoint now, by hand. Call it on every rank at the same step.
@@ -204,10 +232,12 @@ class Run:
     def log(self, **values: float) -> None:
         """Record numbers of this step (loss, learning rate …): they go to the journal, and are history afterwards."""
         numbers = {}
+        if "step" in values:
+            raise InvalidError("run.log(step=...)", operation="log", hint="the step is recorded by itself")
         for key, value in values.items():
             try:
                 numbers[key] = float(value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise InvalidError(
                     f"run.log({key}=...) got {type(value).__name__}",
                     operation="log",

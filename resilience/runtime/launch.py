@@ -27,21 +27,28 @@ from resilience.runtime.supervisor import NAMESPACE, Supervisor, actor_name, sup
 _VIEW_EVERY_S = 0.25
 _NAME_TAKEN_S = 30.0
 _KNOCK_S = 5.0
+_ANSWER_S = 5.0
+_ABANDON_S = 120.0
 
 
 def run_to_end(spec: dict[str, Any], *, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Run ``spec`` (or attach to the run of that name that is going already) until it ends.
 
     Returns ``{"outcome": Outcome, "value": JSON text or None, "view": dict}``. Ctrl-C asks for a clean stop; a
-    second one ends at once with ``KeyboardInterrupt``.
+    second one ends the run at once with ``KeyboardInterrupt``, or only our watching where others follow it too.
+    Nothing else that happens to this process ends the run.
     """
-    with cluster(spec["card"], spec["wanted"]):
+    with cluster(spec["card"], spec["wanted"]), _Interrupts() as interrupts:
         spec = {**spec, "card": spec["card"] or card_kind()}
         supervisor, attached = _supervisor(spec)
-        if attached:
-            show({**ray.get(supervisor.view.remote()), "attached": True})
+        screen = _Screen(show)
         try:
-            return _follow(supervisor, show)
+            if attached:
+                screen.show({**ray.get(supervisor.view.remote()), "attached": True})
+            return _follow(supervisor, screen, interrupts)
+        except KeyboardInterrupt:
+            _abandon(supervisor)
+            raise
         except ray.exceptions.RayActorError as error:
             raise UnavailableError(
                 f"the supervisor of run {spec['run']!r} died: {error}",
@@ -50,6 +57,21 @@ def run_to_end(spec: dict[str, Any], *, show: Callable[[dict[str, Any]], None]) 
             ) from error
         finally:
             _dismiss(supervisor, spec["run"])
+
+
+class _Screen:
+    """Shows views until that fails (a closed pipe): looking on must not end a run."""
+
+    def __init__(self, show: Callable[[dict[str, Any]], None]) -> None:
+        self._show: Callable[[dict[str, Any]], None] | None = show
+
+    def show(self, view: dict[str, Any]) -> None:
+        if self._show is None:
+            return
+        try:
+            self._show(view)
+        except OSError:
+            self._show = None
 
 
 class _WithoutRay:
@@ -154,7 +176,15 @@ def _supervisor(spec: dict[str, Any]) -> tuple[Any, bool]:
                 ) from error
             time.sleep(0.05)
             continue
-        ray.get(supervisor.start.remote())
+        try:
+            ray.get(supervisor.start.remote())
+        except ray.exceptions.RayError as error:
+            ray.kill(supervisor)
+            raise UnavailableError(
+                f"the supervisor of run {spec['run']!r} could not start: {error}",
+                operation="launch",
+                hint="is this package installed, and the storage reachable, on every node of the cluster?",
+            ) from error
         return supervisor, False
 
 
@@ -169,22 +199,20 @@ def _quiet_node(card: str) -> str | None:
     return None
 
 
-def _follow(supervisor: Any, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    interrupts = _Interrupts()
+def _follow(supervisor: Any, screen: _Screen, interrupts: _Interrupts) -> dict[str, Any]:
     asked = False
-    with interrupts:
-        while True:
-            ended: dict[str, Any] | None = ray.get(supervisor.wait.remote(_VIEW_EVERY_S))
-            if ended is not None:
-                show(ended["view"])
-                assert isinstance(ended["outcome"], Outcome)
-                return ended
-            show(ray.get(supervisor.view.remote()))
-            if interrupts.count > 1:
-                raise KeyboardInterrupt
-            if interrupts.count == 1 and not asked:
-                asked = True
-                ray.get(supervisor.request_stop.remote("interrupted (Ctrl-C)"))
+    while True:
+        ended: dict[str, Any] | None = ray.get(supervisor.wait.remote(_VIEW_EVERY_S))
+        if ended is not None:
+            screen.show(ended["view"])
+            assert isinstance(ended["outcome"], Outcome)
+            return ended
+        screen.show(ray.get(supervisor.view.remote()))
+        if interrupts.count > 1:
+            raise KeyboardInterrupt
+        if interrupts.count == 1 and not asked:
+            asked = True
+            ray.get(supervisor.request_stop.remote("interrupted (Ctrl-C)"))
 
 
 class _Interrupts:
@@ -194,9 +222,10 @@ class _Interrupts:
         self.count = 0
         self._before: Any = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Interrupts:
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._note)
+        return self
 
     def _note(self, *_: object) -> None:
         self.count += 1
@@ -206,15 +235,24 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self._before)
 
 
-def _dismiss(supervisor: Any, run: str) -> None:
-    """Take the supervisor down if its run is over (or the caller insists); it waits only for us."""
+def _abandon(supervisor: Any) -> None:
+    """End the run at once, unless others follow it."""
     with contextlib.suppress(ray.exceptions.RayError):
-        if ray.get(supervisor.wait.remote(0.0), timeout=5) is None:
-            ray.get(supervisor.abandon.remote(), timeout=30)
-        if ray.get(supervisor.collected.remote(), timeout=5) > 0:
-            return  # another launcher follows the same run and still wants its result
+        ray.get(supervisor.abandon.remote(), timeout=_ABANDON_S)
+
+
+def _dismiss(supervisor: Any, run: str) -> None:
+    """We follow no longer. Takes the supervisor down if its run is over and nobody else wants the result."""
+    try:
+        over = ray.get(supervisor.wait.remote(0.0), timeout=_ANSWER_S) is not None
+        if ray.get(supervisor.collected.remote(), timeout=_ANSWER_S) > 0 or not over:
+            return
+    except ray.exceptions.GetTimeoutError:
+        return
+    except ray.exceptions.RayError:
+        pass  # it is gone, or going: only its name is left to wait for
     ray.kill(supervisor)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + _ANSWER_S
     while time.monotonic() < deadline:  # until the name is free again: the next launch may use it at once
         named = {(a["namespace"], a["name"]) for a in ray.util.list_named_actors(all_namespaces=True)}
         if (NAMESPACE, actor_name(run)) not in named:

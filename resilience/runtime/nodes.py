@@ -11,12 +11,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from resilience.control.recruit import recruit
 from resilience.control.types import Node
 from resilience.runtime.agent import NodeAgent
 from storage_backends import child
@@ -27,6 +28,7 @@ SILENCE_S = 10.0  # a dead agent is seen at once; this is for one that is stoppe
 _LOOK_EVERY_S = 0.5
 _CLOSE_S = 15.0
 _JOIN_PATIENCE_S = 30.0
+_REJOIN_S = 60.0  # a machine whose agent was lost may be well: it is asked again, under another name
 
 
 @dataclass
@@ -38,8 +40,8 @@ class Member:
     agent: Any
     lifeline: Any
     last_seen: float
+    enlisted: float
     ready: bool = False
-    sent: list[Any] = field(default_factory=list)
 
 
 class Nodes:
@@ -48,6 +50,7 @@ class Nodes:
     Args:
         spec: the launch spec (``run, entry, env, nvme, shared, card, levels, wanted`` cards).
         supervisor: handle of the supervisor, for the agents to report to.
+        usable: cards of the joined nodes that may be used, as ``control`` sees it.
         lost: called with (name, reason, last seen) when a member is gone.
         broken: called with the traceback of an error that is a bug of ours.
     """
@@ -57,17 +60,21 @@ class Nodes:
         spec: dict[str, Any],
         supervisor: Any,
         failpoints: list[dict[str, Any]],
+        usable: Callable[[], int],
         lost: Callable[[str, str, float], None],
         broken: Callable[[str], None],
     ) -> None:
         self._spec = spec
         self._supervisor = supervisor
         self._failpoints = failpoints
+        self._usable = usable
         self._lost = lost
         self._broken = broken
         self._members: dict[str, Member] = {}
         self._past: set[str] = set()  # a name that was lost does not come back: it is another node's now
-        self._gone: set[str] = set()  # Ray ids of nodes whose agent was lost: not asked twice
+        self._gone: dict[
+            str, float
+        ] = {}  # Ray id of a node whose agent was lost → when it may be asked again
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
@@ -135,9 +142,10 @@ class Nodes:
         while not self._closing.is_set():
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + _LOOK_EVERY_S
-                alive = {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}  # type: ignore[no-untyped-call]
-                self._recruit(alive)
-                self._miss(alive)
+                alive = _alive_nodes()
+                if alive is not None:
+                    self._recruit(alive)
+                    self._miss(alive)
             with self._lock:
                 lifelines = {m.lifeline: name for name, m in self._members.items()}
             if not lifelines:
@@ -148,58 +156,68 @@ class Nodes:
                 self._drop(lifelines[ref], _why(ref))
 
     def _recruit(self, alive: dict[str, Any]) -> None:
-        """Start agents on nodes with cards, as long as more cards are wanted."""
-        card = self._spec["card"]
+        """Enlist what ``control.recruit`` chooses of the nodes that could be."""
+        now = time.monotonic()
         with self._lock:
-            # An agent that does not come up (its node is dead, and Ray has not noticed) counts for a while only.
-            patience = time.monotonic() - _JOIN_PATIENCE_S
-            have = sum(m.node.cards for m in self._members.values() if m.ready or m.last_seen > patience)
-            known = {m.ray_id for m in self._members.values()} | self._gone
-        for ray_id, info in sorted(alive.items()):
-            count = int(info["Resources"].get(card, 0))
-            if have >= self._spec["wanted"] or count == 0 or ray_id in known:
-                continue
-            self._enlist(ray_id, info, count)
-            have += count
+            members = list(self._members.values())
+            barred = {ray_id for ray_id, until in self._gone.items() if until > now}
+        known = {m.ray_id for m in members} | barred
+        offers = {
+            node.name: (ray_id, node)
+            for ray_id, info in alive.items()
+            if ray_id not in known and (node := self._offer(ray_id, info)).cards > 0
+        }
+        # An agent that does not come up (its node is dead, and Ray has not noticed) counts for a while only.
+        joining = [m for m in members if not m.ready and now - m.enlisted < _JOIN_PATIENCE_S]
+        healthy = self._usable() + sum(m.node.cards for m in joining)
+        near = [m.node for m in members if m.ready] + [m.node for m in joining]
+        chosen = recruit([node for _, node in offers.values()], near, self._spec["wanted"], healthy)
+        for name in chosen:
+            self._enlist(*offers[name])
 
-    def _enlist(self, ray_id: str, info: dict[str, Any], count: int) -> None:
+    def _offer(self, ray_id: str, info: dict[str, Any]) -> Node:
+        """A node of Ray's as it would join."""
         labels = info.get("Labels") or {}
         # A name that the machine keeps over runs, so that what it wrote to its nvme tier is found again.
         name = _plain(labels.get(NODE_LABEL) or info.get("NodeManagerHostname") or socket.gethostname())
         with self._lock:
             if name in self._members or name in self._past:
                 name = f"{name}-{ray_id[:6]}"
+                if name in self._members or name in self._past:
+                    name = f"{name}-{len(self._past)}"
         levels = tuple(
             labels[key] for level in self._spec["levels"] if (key := LEVEL_LABEL.format(level)) in labels
         )
-        node = Node(name, count, levels, info["NodeManagerAddress"])
+        cards = int(info["Resources"].get(self._spec["card"], 0))
+        return Node(name, cards, levels, info["NodeManagerAddress"])
+
+    def _enlist(self, ray_id: str, node: Node) -> None:
+        spec, card = self._spec, self._spec["card"]
         config = {
-            "name": name,
+            "name": node.name,
             "host": node.host,
-            "cards": count,
-            "run": self._spec["run"],
-            "entry": self._spec["entry"],
-            "env": self._spec["env"],
-            "shared": self._spec["shared"],
-            "nvme": child(self._spec["nvme"], self._spec["run"], name) if self._spec["nvme"] else None,
+            "cards": node.cards,
+            "run": spec["run"],
+            "entry": spec["entry"],
+            "env": spec["env"],
+            "shared": spec["shared"],
+            "nvme": child(spec["nvme"], spec["run"], node.name) if spec["nvme"] else None,
         }
-        card = self._spec["card"]
         agent = (
             ray.remote(concurrency_groups={"watch": 1, "read": 4})(NodeAgent)  # type: ignore[call-overload]
             .options(
                 num_cpus=0,
-                num_gpus=count if card == "GPU" else None,
-                resources=None if card == "GPU" else {card: count},
+                num_gpus=node.cards if card == "GPU" else None,
+                resources=None if card == "GPU" else {card: node.cards},
                 scheduling_strategy=NodeAffinitySchedulingStrategy(ray_id, soft=False),
                 max_restarts=0,
             )
             .remote(config, self._supervisor)
         )
-        member = Member(
-            node, ray_id, agent, agent.lifeline.options(concurrency_group="watch").remote(), time.monotonic()
-        )
+        lifeline = agent.lifeline.options(concurrency_group="watch").remote()
+        now = time.monotonic()
         with self._lock:
-            self._members[name] = member
+            self._members[node.name] = Member(node, ray_id, agent, lifeline, last_seen=now, enlisted=now)
         agent.perform.remote([{"t": "arm", "failpoints": self._failpoints}])
         agent.start.remote()
 
@@ -218,7 +236,7 @@ class Nodes:
             member = self._members.pop(name, None)
             if member is None:
                 return
-            self._gone.add(member.ray_id)
+            self._gone[member.ray_id] = time.monotonic() + _REJOIN_S
             self._past.add(name)
         self._lost(name, reason, member.last_seen)
         ray.kill(member.agent)  # if it lives after all: it is fenced, and its cards are wanted back
@@ -241,3 +259,11 @@ def _why(lifeline: Any) -> str:
     except ray.exceptions.RayError as error:
         return f"its agent died: {type(error).__name__}"
     return "its agent ended"
+
+
+def _alive_nodes() -> dict[str, Any] | None:
+    """Ray's living nodes by id; ``None`` while Ray cannot say (its head restarts): that is no news of any node."""
+    try:
+        return {n["NodeID"]: n for n in ray.nodes() if n["Alive"]}  # type: ignore[no-untyped-call]
+    except (ray.exceptions.RayError, ConnectionError, TimeoutError, RuntimeError):
+        return None

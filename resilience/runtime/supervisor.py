@@ -81,6 +81,7 @@ class Supervisor:
         self._collected = threading.Event()
         self._counting = threading.Lock()
         self._followers = 1
+        self._abandoned = False
 
     # Called by the launcher.
 
@@ -91,7 +92,14 @@ class Supervisor:
             "run.started", {**spec["describe"], "arguments": spec["arguments"]}, urgent=True
         )
         me = ray.get_runtime_context().current_actor
-        self._nodes = Nodes(spec, me, self._plan, self._node_lost, self._break)
+        self._nodes = Nodes(
+            spec,
+            me,
+            self._plan,
+            usable=lambda: self._state.cluster.available,
+            lost=self._node_lost,
+            broken=self._break,
+        )
         self._nodes.start()
         threading.Thread(target=self._loop, name="supervise", daemon=True).start()
 
@@ -119,6 +127,8 @@ class Supervisor:
         if not self._done.wait(timeout):
             return None
         outcome = self._state.outcome
+        if outcome is None and self._abandoned:
+            outcome = Outcome(Result.INTERRUPTED, "ended at once, without a last checkpoint")
         if self._broken is not None or outcome is None:
             outcome = Outcome(
                 Result.UNAVAILABLE, f"the supervisor failed, please report this:\n{self._broken}"
@@ -138,7 +148,12 @@ class Supervisor:
         self._events.put(e.StopRequested(time.monotonic(), reason))
 
     def abandon(self) -> None:
-        """End everything now, without a last checkpoint; what is committed stays."""
+        """End everything now, without a last checkpoint; what is committed stays. Nothing happens while more than
+        one launcher follows the run."""
+        with self._counting:
+            if self._followers > 1:
+                return
+        self._abandoned = True
         self._wind_down()
 
     def attach(self) -> None:
@@ -166,7 +181,7 @@ class Supervisor:
 
     def _supervise(self) -> None:
         ticked = time.monotonic()
-        while self._state.phase is not Phase.DONE:
+        while self._state.phase is not Phase.DONE and self._broken is None and not self._abandoned:
             try:
                 # Deadlines are judged on ticks only, so a tick comes however busy the queue is.
                 event: e.Event = self._events.get(timeout=max(0.0, ticked + _TICK_S - time.monotonic()))
@@ -231,11 +246,13 @@ class Supervisor:
 
     def _wind_down(self) -> None:
         """End agents and threads; only then tell the caller, so that nothing of ours is left by then."""
-        self._log.close()  # first: its last removals are orders to the agents
-        if self._nodes is not None:
-            self._nodes.close()
-        self._chronicle.close()
-        self._done.set()
+        try:
+            self._log.close()  # first: its last removals are orders to the agents
+            if self._nodes is not None:
+                self._nodes.close()
+            self._chronicle.close()
+        finally:
+            self._done.set()
 
     # What happens.
 
