@@ -138,10 +138,12 @@ class RankHost:
             return self._restored
         self._restore_done = True
         began = time.monotonic()
-        self._page.enter("restore")
         if self._sources is None:
             self.tell({"t": "restored", "step": 0, "tier": None, "seconds": 0.0})
             return None
+        self._page.enter("restore")
+        if "unfetched" in self._sources:
+            raise _RestoreFailed(self._sources["unfetched"])
         self._reach("restore.begin", self._sources["step"])
         try:
             got = restore(
@@ -182,14 +184,14 @@ class RankHost:
             self._first = False
             self.tell({"t": "stepped", "step": done, "total": total})
         at = page.checkpoint_at
-        if 0 <= at < done:
+        if self._saved < at < done and at >= 0:  # one saved since then serves as well
             self._miss("checkpoint", at, done)
         if done == total or at == done:
             return done != self._saved
         return self._every is not None and done % self._every == 0
 
     def _miss(self, what: str, wanted: int, done: int) -> None:
-        if (what, wanted) in self._missed or wanted <= self._saved:
+        if (what, wanted) in self._missed:
             return
         self._missed.add((what, wanted))
         self.tell({"t": "missed", "wanted": wanted, "step": done})
@@ -240,6 +242,8 @@ class RankHost:
             self.enter(before)
 
     def save(self, done: int, capture: Callable[[], dict[str, Any]], objects: dict[str, Any]) -> None:
+        if done == self._saved:
+            return  # a checkpoint is named by its step: this one exists, and another of its name cannot
         began = time.monotonic()
         with self._section("snapshot"):
             self._flush()  # what was logged up to a checkpoint is as safe as the checkpoint
