@@ -18,8 +18,8 @@ from resilience.journal.records import Kind
 from storage_backends.posix import PosixStorage
 
 RACER = Path(__file__).parent / "journal_racer.py"
-RACES = 60
-KILL_ROUNDS = 100  # two writers each
+RACES = 200
+KILL_ROUNDS = 200  # two writers each
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -89,7 +89,7 @@ def test_p1_real_processes_agree(tmp_path: Path) -> None:
 
 
 def test_p5_killed_writers_leave_a_whole_record_or_none(tmp_path: Path) -> None:
-    """Two hundred writers die by SIGKILL, most of them at a point of the protocol."""
+    """Two writers a round die by SIGKILL, most of them at a point of the protocol."""
     seen = kill(tmp_path / "run", KILL_ROUNDS)
     assert seen is not None
     assert seen["killed"] == 2 * KILL_ROUNDS
