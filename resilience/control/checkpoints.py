@@ -134,7 +134,7 @@ def _post(turn: Turn, top: int) -> None:
 
 def _failed(turn: Turn, step: int, tier: str, error: str, rank: int | None) -> None:
     state = turn.state
-    after, news = saves.fail(state.saves, step, tier, turn.now)
+    after, news = saves.fail(state.saves, step, tier, turn.now, error)
     turn.put(saves=after, cadence=cadence.failed(state.cadence, step, turn.now))
     if news:
         data = {

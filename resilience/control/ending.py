@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from resilience.control.commands import Finish, StopRanks
 from resilience.control.retention import SHARED
+from resilience.control.saves import Save
 from resilience.control.state import Turn
 from resilience.control.types import Outcome, Phase, Result
 
@@ -45,7 +46,6 @@ def complete(turn: Turn) -> None:
         state = turn.state
     if not saved(turn) and turn.now < _deadline(turn):
         return
-    late = "" if saved(turn) else f"; its last checkpoint did not reach the {SHARED} tier in time"
     stop = state.stopping
     if stop is not None and stop.released:
         reason = (
@@ -53,20 +53,39 @@ def complete(turn: Turn) -> None:
         )
         finish(turn, Outcome(Result.INTERRUPTED, reason))
     else:
-        finish(turn, Outcome(Result.FINISHED, f"finished after {state.pages.top} steps{late}"))
+        finish(turn, _returned(turn))
 
 
 def saved(turn: Turn) -> bool:
-    """Whether nothing on its way is worth waiting for: the newest save that all ranks sealed lies in the
-    shared tier, or cannot get there any more."""
-    saves = turn.state.saves
-    if saves.outstanding():
-        return False
-    newest = saves.newest_sealed()
-    if newest is None:
-        return True
-    shared = newest.tiers.get(SHARED)
-    return newest.closed or (shared is not None and (shared.done or shared.failed))
+    """Whether nothing on its way is worth waiting for: the last save lies in the shared tier, or cannot get
+    there any more."""
+    last = _last(turn)
+    return not turn.state.saves.outstanding() and (last is None or last.settled())
+
+
+def _last(turn: Turn) -> Save | None:
+    """The newest save that was tried, of steps that every rank has completed. A loop left with ``break`` saves
+    nothing at its end: what was saved before is the last then; ``None`` where nothing was tried."""
+    pages = turn.state.pages
+    return turn.state.saves.newest(pages.top if pages.least < 0 else pages.least)
+
+
+def _returned(turn: Turn) -> Outcome:
+    """The outcome when every rank's function has returned. A run whose last state lies in no tier has not
+    finished: launched again, it goes on from the checkpoint before."""
+    steps, last = turn.state.pages.top, _last(turn)
+    if last is not None and not last.committed():
+        why = last.error or "not every rank's part became durable in time"
+        reason = (
+            f"finished after {steps} steps, but its last checkpoint could not be saved: {why}; "
+            "launch again once storage is back"
+        )
+        return Outcome(Result.UNAVAILABLE, reason)
+    shared = last.tiers.get(SHARED) if last is not None else None
+    late = ""
+    if last is not None and (shared is None or not shared.done):
+        late = f"; its last checkpoint did not reach the {SHARED} tier in time"
+    return Outcome(Result.FINISHED, f"finished after {steps} steps{late}")
 
 
 def _deadline(turn: Turn) -> float:

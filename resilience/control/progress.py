@@ -28,7 +28,8 @@ class Pages:
         nodes: node → its place in ``pages``; made once per generation.
         pages: per node, when it reported and what.
         begun: ranks that have begun a step, or finished without one.
-        finished: ranks whose function has returned.
+        finished: ranks whose function has returned; ``least``: the fewest steps one of them had completed,
+            -1 while none has.
         first: step at which the generation began.
         top: highest step any rank has begun, i.e. steps completed before it.
         top_at: when ``top`` was reached.
@@ -44,6 +45,7 @@ class Pages:
     pages: Vec[Page | None] = field(default_factory=lambda: Vec.filled(0, None))
     begun: Ranks = field(default_factory=Ranks)
     finished: Ranks = field(default_factory=Ranks)
+    least: int = -1
     first: int = 0
     top: int = 0
     top_at: float = 0.0
@@ -115,6 +117,7 @@ def finish(pages: Pages, rank: int, steps: int, at: float) -> Pages:
         pages,
         begun=pages.begun.add(rank),
         finished=pages.finished.add(rank),
+        least=steps if pages.least < 0 else min(pages.least, steps),
         moved_at=max(pages.moved_at, at),
     )
     return reach(pages, steps, at)

@@ -45,6 +45,7 @@ class Save:
     stall_s: float = 0.0
     tiers: dict[str, TierSave] = field(default_factory=dict)
     closed: bool = False  # nothing about it counts any more
+    error: str = ""  # why a part of it is missing for good, if one is
 
     def committed(self) -> bool:
         return any(tier.done for tier in self.tiers.values())
@@ -52,6 +53,15 @@ class Save:
     def pending(self) -> bool:
         """Whether a commit was sent and not yet answered."""
         return any(tier.asked and not tier.done and not tier.failed for tier in self.tiers.values())
+
+    def settled(self) -> bool:
+        """Whether nothing more is to be expected of it: it lies in the shared tier, or cannot get there, nor
+        into another one."""
+        shared = self.tiers.get(SHARED)
+        if self.closed or (shared is not None and shared.done):
+            return True
+        near = self.tiers.get(NVME)
+        return shared is not None and shared.failed and (near is None or near.done or near.failed)
 
     def idle(self) -> bool:
         """Whether no tier has it and nothing says that it still goes to the shared one."""
@@ -101,9 +111,10 @@ class Saves:
         save = self.steps.get(step)
         return save is not None and save.sealed.count == self.world
 
-    def newest_sealed(self) -> Save | None:
-        whole = [step for step in self.steps if self.sealed(step)]
-        return self.steps[max(whole)] if whole else None
+    def newest(self, upto: int) -> Save | None:
+        """The newest save that any rank tried, of those at step ``upto`` or before."""
+        tried = [step for step in self.steps if step <= upto]
+        return self.steps[max(tried)] if tried else None
 
     def outstanding(self) -> bool:
         """Whether a commit was sent and not yet answered."""
@@ -144,12 +155,13 @@ def persist(saves: Saves, event: Persisted) -> tuple[Saves, Commit | None]:
     return saves.put(save, event.at), commit
 
 
-def fail(saves: Saves, step: int, tier: str, at: float) -> tuple[Saves, bool]:
+def fail(saves: Saves, step: int, tier: str, at: float, error: str = "") -> tuple[Saves, bool]:
     """The save of ``step`` in ``tier`` cannot be complete. Second value: whether that is news."""
     save = saves.get(step, at)
     state = save.tier(tier, saves.world)
     if state.failed or state.done:
         return saves, False
+    save = replace(save, error=save.error or error)
     if tier not in (NVME, SHARED):
         # A rank has no snapshot of this step: no tier will ever have all parts.
         for name in (NVME, SHARED):

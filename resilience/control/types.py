@@ -171,7 +171,7 @@ class Result(StrEnum):
     BUDGET_EXHAUSTED = "budget_exhausted"
     NO_CAPACITY = "no_capacity"
     FENCED = "fenced"
-    UNAVAILABLE = "unavailable"  # the commit log could not be reached
+    UNAVAILABLE = "unavailable"  # storage: the commit log out of reach, or the last state not saved
     NO_CHECKPOINT = "no_checkpoint"  # checkpoints are recorded, but none of them can be restored
 
 

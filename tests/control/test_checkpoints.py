@@ -142,6 +142,58 @@ def test_but_not_for_ever(make_world):
     assert "did not reach the shared tier" in world.outcome.reason
 
 
+@pytest.mark.parametrize("tier", ["memory", "shared"])
+def test_a_run_whose_last_checkpoint_failed_has_not_finished(make_world, tier):
+    """Skipped by a rank, or refused by the only tier: no finish record, so the next launch goes on."""
+    world = make_world(world={"nvme": False}).run_to_step(95)
+    world.drop = lambda event: isinstance(event, e.Persisted) and event.step == 100
+    world.run_to_step(100)
+    world.send(e.SaveFailed(world.now, 1, 2, 100, tier, "no space left"))
+    world.run_to(Phase.DONE, limit=10)
+    assert world.outcome.result is Result.UNAVAILABLE
+    assert "no space left" in world.outcome.reason
+    assert "launch again" in world.outcome.reason
+    assert world.state.kept[0].ref.step == 90
+
+
+def test_a_last_checkpoint_of_which_nothing_is_heard_is_not_saved_either(make_world):
+    world = make_world(stop_deadline_s=20).run_to_step(95)
+    world.drop = lambda event: isinstance(event, e.Persisted)
+    world.run_to_step(100).run_for(15)
+    assert world.outcome is None
+    world.run_to(Phase.DONE, limit=20)
+    assert world.outcome.result is Result.UNAVAILABLE
+
+
+def test_a_last_checkpoint_on_the_nodes_counts_where_the_shared_tier_refused(make_world):
+    world = make_world().run_to_step(95)
+    world.drop = lambda event: isinstance(event, e.Persisted) and event.tier == "shared" and event.step == 100
+    world.run_to_step(100)
+    world.until(lambda: any(kept.ref.step == 100 for kept in world.state.kept))
+    world.send(e.SaveFailed(world.now, 1, 0, 100, "shared", "bucket away"))
+    world.run_to(Phase.DONE, limit=5)
+    assert world.outcome.result is Result.FINISHED
+    assert "did not reach the shared tier" in world.outcome.reason
+
+
+def test_a_run_that_never_saves_finishes(make_world):
+    world = make_world()
+    world.drop = lambda event: isinstance(event, (e.Sealed, e.Persisted))
+    world.run_to(Phase.DONE)
+    assert world.outcome.result is Result.FINISHED
+    assert "shared" not in world.outcome.reason
+
+
+def test_a_loop_left_early_finishes_with_the_checkpoints_before(make_world):
+    """``break``: no save is tried at its end; and one that only some ranks could reach is no last one."""
+    world = make_world().run_to_step(95)
+    world.drop = lambda event: isinstance(event, (e.Sealed, e.Persisted)) and event.step == 100
+    world.send(e.Sealed(world.now, 1, 0, 105, 0.1, 100))
+    world.run_to(Phase.DONE, limit=10)
+    assert world.outcome.result is Result.FINISHED
+    assert world.state.kept[0].ref.step == 90
+
+
 def test_a_node_lost_with_the_last_bytes_is_recovered_from(make_world):
     world = make_world(world={"save_s": 5.0}).run_to_step(100).run_for(1)
     assert world.state.ending_at is not None

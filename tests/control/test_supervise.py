@@ -361,6 +361,7 @@ def judge(world: Adversary) -> None:
         allowed = {
             Result.INTERRUPTED: stopped,
             Result.FINISHED: finished,
+            Result.UNAVAILABLE: finished,  # its last checkpoint could not be saved
             Result.NO_CHECKPOINT: bool(world.bad),
             Result.NO_CAPACITY: True,  # judged below
         }
