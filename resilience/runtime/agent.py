@@ -28,6 +28,7 @@ from storage_backends import open_storage
 HEARTBEAT_S = 0.5
 LEASE_S = 60.0
 _BLOCK = 32 << 20
+_PEER_S = 60.0  # a peer that does not answer for so long is given up
 
 
 class NodeAgent:
@@ -45,6 +46,9 @@ class NodeAgent:
         self._observed: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._closed = threading.Event()
+        self._slow: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._slow_worker = threading.Thread(target=self._slow_loop, name="files", daemon=True)
+        self._stopped = 0  # newest generation that was told to stop
         self._reporter = threading.Thread(target=self._report_loop, name="reports", daemon=True)
         self._cards = SimulatedCards()
         scratch = str(Path(config["nvme"].removeprefix("file://"))) if config["nvme"] else None
@@ -58,6 +62,7 @@ class NodeAgent:
         """Begin: the zygote imports the user's module, reports start to flow. Returns this process's id."""
         self._processes.start()
         self._reporter.start()
+        self._slow_worker.start()
         return os.getpid()
 
     def lifeline(self) -> None:
@@ -65,18 +70,35 @@ class NodeAgent:
         self._closed.wait()
 
     def perform(self, orders: list[dict[str, Any]]) -> None:
-        """Carry out orders, in order. Returns before they are done: answers come as reports."""
+        """Take orders, in order. Returns before they are done, so that none waits for another: answers come as
+        reports."""
         for order in orders:
-            if order["t"] == "fail_card":
+            kind = order["t"]
+            if kind == "fail_card":
                 self._cards.fail(order["index"], detail="injected")
-            elif order["t"] == "die":
+            elif kind == "die":
                 self._die()
-            elif order["t"] in ("delete", "sweep"):
-                self._remove(order)
-            elif order["t"] == "start" and order.get("fetch"):
-                self._fetch(order["fetch"])
-                self._processes.order(order)
+            elif kind in ("delete", "sweep") or (kind == "start" and order.get("fetch")):
+                self._slow.put(order)
             else:
+                if kind == "stop":
+                    self._stopped = max(self._stopped, order["generation"])
+                self._processes.order(order)
+
+    def _slow_loop(self) -> None:
+        """Orders that read or remove files: they may take long, and stop orders must not wait for them."""
+        while True:
+            order = self._slow.get()
+            if order is None:
+                return
+            if order["t"] != "start":
+                self._remove(order)
+                continue
+            trouble = self._fetch(order["fetch"])
+            if trouble is not None:
+                for rank in order["ranks"]:
+                    rank["restore"]["unfetched"] = trouble
+            if order["generation"] > self._stopped:  # its generation may have ended while we fetched
                 self._processes.order(order)
 
     def read(self, name: str, start: int, end: int) -> bytes:
@@ -104,26 +126,29 @@ class NodeAgent:
                 {"t": "warning", "message": f"could not remove checkpoints from nvme: {error}"}
             )
 
-    def _fetch(self, wanted: list[dict[str, Any]]) -> None:
-        """Copy packs and parts of peers into our own nvme tier. What cannot be had is found missing by the
-        restore that needs it, which names it."""
+    def _fetch(self, wanted: list[dict[str, Any]]) -> str | None:
+        """Copy packs and parts of peers into our own nvme tier. What went wrong, ``None`` if nothing did."""
         ours = open_storage(self._config["nvme"])
         for item in wanted:
-            peer, name = item["peer"], item["name"]
+            size, read = (
+                getattr(item["peer"], name).options(concurrency_group="read") for name in ("size", "read")
+            )
+            name = item["name"]
             try:
-                size = ray.get(peer.size.options(concurrency_group="read").remote(name))
+                length = ray.get(size.remote(name), timeout=_PEER_S)
                 with ours.sink(name) as sink:
-                    for start in range(0, size, _BLOCK):
-                        block = peer.read.options(concurrency_group="read")
-                        sink.write(ray.get(block.remote(name, start, min(size, start + _BLOCK))))
+                    for start in range(0, length, _BLOCK):
+                        sink.write(
+                            ray.get(read.remote(name, start, min(length, start + _BLOCK)), timeout=_PEER_S)
+                        )
             except (ray.exceptions.RayError, ResilienceError, OSError) as error:
-                self._observed.put(
-                    {"t": "warning", "message": f"could not fetch {name} from a peer: {error}"}
-                )
+                return f"{name} could not be fetched from a peer: {type(error).__name__}: {error}"[:500]
+        return None
 
     def _report_loop(self) -> None:
         last_reply = time.monotonic()
         next_poll = 0.0
+        number = 0
         while True:
             closing = self._closing.is_set()
             batch = self._batch()
@@ -133,20 +158,31 @@ class NodeAgent:
                     batch.append(
                         {"t": "card", "index": fault.index, "code": fault.code, "detail": fault.detail}
                     )
-            try:
-                welcome = ray.get(
-                    self._supervisor.report.remote(self._config["name"], batch), timeout=LEASE_S
-                )
-                last_reply = time.monotonic()
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-                welcome = time.monotonic() - last_reply < LEASE_S
+            number += 1
+            # The same report is sent until it is answered: what is in it (a rank's end, a save) is said only once.
+            while (welcome := self._report(number, batch)) is None:
+                if time.monotonic() - last_reply > LEASE_S:
+                    welcome = False  # nobody there for a whole lease: free the cards
+                    break
                 self._closing.wait(HEARTBEAT_S)
+            last_reply = time.monotonic()
             if not welcome or any(seen["t"] == "broken" for seen in batch):
                 self._processes.close()
                 self._outputs.close()
-                os._exit(0)  # told that we are lost, or nobody there for a lease: free the cards
+                os._exit(0)
             if closing:
                 return
+
+    def _report(self, number: int, batch: list[dict[str, Any]]) -> bool | None:
+        """Whether we are welcome; ``None`` if no answer came."""
+        try:
+            return bool(
+                ray.get(self._supervisor.report.remote(self._config["name"], number, batch), timeout=LEASE_S)
+            )
+        except ray.exceptions.ActorDiedError:
+            return False  # it does not come back, and its successor starts agents of its own
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return None
 
     def _batch(self) -> list[dict[str, Any]]:
         batch = []
@@ -167,7 +203,10 @@ class NodeAgent:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def close(self) -> None:
-        """End every process of this node; returns when they are gone."""
+        """End every process of this node; returns when they are gone, and files are removed that were to be."""
+        self._slow.put(None)
+        if self._slow_worker.ident is not None:
+            self._slow_worker.join(_PEER_S)
         self._processes.close()
         self._outputs.close()
         self._closing.set()

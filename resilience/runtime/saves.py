@@ -42,7 +42,7 @@ class Saves:
         self._writer: tuple[subprocess.Popen[bytes], Channel] | None = None
         self._deaths = 0  # of writers since one last got anything done
         self._arenas: dict[ArenaKey, int] = {}  # descriptors
-        self._orphans: set[ArenaKey] = set()  # their rank is gone
+        self._orphans: set[ArenaKey] = set()  # their rank is gone, or has a larger one
         # Sealed slots the writer still has to do, by arena, slot and step: a slot may be sealed anew before the
         # writer's word that it was free has reached us.
         self._waiting: dict[tuple[ArenaKey, int, int], dict[str, Any]] = {}
@@ -73,9 +73,11 @@ class Saves:
         self.tell({"t": "arm", "failpoints": failpoints})
 
     def arena(self, key: ArenaKey, fd: int) -> None:
-        """A rank made an arena: hold it, and hand it on."""
+        """A rank made an arena: hold it, and hand it on. It made it because an older one had become too small."""
         self._arenas[key] = fd
         self.tell({"t": "arena", "key": list(key)}, [fd])
+        self._orphans |= {old for old in self._arenas if old[:2] == key[:2] and old[2] < key[2]}
+        self._forget()
 
     def sealed(self, key: ArenaKey, seal: dict[str, Any]) -> None:
         """A rank sealed a slot: have it persisted."""

@@ -74,6 +74,7 @@ class Supervisor:
         )
         self._nodes: Nodes | None = None
         self._restoring: CheckpointRef | None = None
+        self._reported: dict[str, int] = {}  # node → number of its newest report
         self._metrics: dict[str, float] = {}
         self._value: str | None = None
         self._total: int | None = None
@@ -108,13 +109,20 @@ class Supervisor:
         self._broken = traceback_text
         threading.Thread(target=self._wind_down, name="finish", daemon=True).start()
 
-    def report(self, node: str, batch: list[dict[str, Any]]) -> bool:
-        """What a node's agent saw. False: the agent is not a member of the run any more."""
+    def report(self, node: str, number: int, batch: list[dict[str, Any]]) -> bool:
+        """What a node's agent saw, ``number`` counting its reports: one that was taken already does nothing. False:
+        the agent is not a member of the run any more."""
         assert self._nodes is not None
         if not self._nodes.heard(node):
             return False
-        for seen in batch:
-            self._take(node, seen)
+        if number <= self._reported.get(node, 0):
+            return True
+        self._reported[node] = number
+        try:
+            for seen in batch:
+                self._take(node, seen)
+        except Exception:  # noqa: BLE001 - a bug of ours: it must end the run loudly
+            self._break(traceback.format_exc())
         return True
 
     def view(self) -> dict[str, Any]:
