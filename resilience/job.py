@@ -39,7 +39,7 @@ class JobResult:
         outcome: ``outcome.result`` is ``finished`` or ``interrupted`` (every other end is raised).
         value: what the function returned on rank 0 (JSON values), ``None`` if it was interrupted.
         steps: completed steps.
-        url: storage of the run.
+        storage: where the run is kept: the root that was given to the launch.
     """
 
     run: str
@@ -79,7 +79,8 @@ class Job:
     @property
     def name(self) -> str:
         """The run's name."""
-        return self._options.name or re.sub(r"[^A-Za-z0-9._-]", "-", self.function.__name__)
+        derived = re.sub(r"[^A-Za-z0-9._-]", "-", self.function.__name__).lstrip("._-")[:100]
+        return self._options.name or derived or "job"
 
     def options(self, **overrides: Any) -> Job:
         """The same function with some options changed. ``InvalidError`` for an unknown or impossible one."""
@@ -135,17 +136,17 @@ class Job:
 
         options = self._options
         self._bind(arguments)
-        try:
-            json.dumps(arguments)
-        except (TypeError, ValueError) as error:
-            raise InvalidError(
-                f"an argument is not a plain value: {error}",
-                operation="launch",
-                hint="pass numbers, strings, lists and dicts; build objects inside the function",
-            ) from error
+        for name, value in arguments.items():
+            if not _plain(value):
+                raise InvalidError(
+                    f"the argument {name} is not a plain value: {value!r:.100}",
+                    operation="launch",
+                    path=name,
+                    hint="pass numbers, strings, lists and dicts with string keys; build objects in the function",
+                )
         entry = Entry.of(self.function)
         root = _absolute(str(options.storage))
-        nvme = _absolute(options.nvme) if options.nvme else None
+        nvme = _absolute(str(options.nvme)) if options.nvme else None
         _check_places(root, nvme)
         shared = child(root, self.name)
         storage = open_storage(shared)
@@ -277,6 +278,15 @@ def _check_places(root: str, nvme: str | None) -> None:
             path=nvme,
             hint="give a directory that every node has for itself, or leave nvme out",
         )
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is the same in every process: the way there is JSON (which makes lists of tuples)."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float)
 
 
 def _absolute(url: str) -> str:

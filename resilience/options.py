@@ -74,7 +74,7 @@ class Options:
                 _refuse(name, value, "a number of seconds > 0")
         if not isinstance(self.overhead, float) or not 0 < self.overhead < 1:
             _refuse("overhead", self.overhead, "a fraction between 0 and 1")
-        if self.name is not None and not _NAME.fullmatch(self.name):
+        if self.name is not None and not (isinstance(self.name, str) and _NAME.fullmatch(self.name)):
             _refuse("name", self.name, "letters, digits, '.', '_' and '-', at most 100")
         if isinstance(self.topology, str) or not all(isinstance(level, str) for level in self.topology):
             _refuse("topology", self.topology, "a tuple of level names, outermost first")
@@ -88,6 +88,8 @@ class Options:
             _refuse("faults", self.faults, "a tuple of faults as chaos.faults makes them")
         if not isinstance(self.storage, str | os.PathLike) or not str(self.storage):
             _refuse("storage", self.storage, "a path or an fsspec URL")
+        if self.nvme is not None and (not isinstance(self.nvme, str | os.PathLike) or not str(self.nvme)):
+            _refuse("nvme", self.nvme, "a local directory")
 
     def policy(self) -> Policy:
         return Policy(

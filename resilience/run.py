@@ -91,6 +91,12 @@ class Run:
             InvalidError: a name is taken, the loop has begun, an object cannot be saved (names key and type), or
                 the saved state does not fit (lists missing, unexpected and mis-shaped keys).
         """
+        if not isinstance(rng, bool):
+            raise InvalidError(
+                "'rng' says whether the random number generators are tracked: it is no name for an object",
+                operation="track",
+                hint="give rng=True or rng=False, and the object another name",
+            )
         if self._looped:
             raise InvalidError(
                 "track() was called after steps() began",
