@@ -25,7 +25,10 @@ def sealed(turn: Turn, event: Sealed) -> None:
     if held is not None and event.rank in held.sealed:
         return
     after = saves.seal(state.saves, event)
-    save = after.steps[event.step]
+    save = after.steps.get(event.step)
+    if save is None:  # forgotten as soon as begun
+        turn.put(saves=after)
+        return
     turn.put(
         saves=after,
         pages=progress.reach(state.pages, event.step, event.at),
@@ -33,6 +36,7 @@ def sealed(turn: Turn, event: Sealed) -> None:
     )
     data = {"stall_s": event.stall_s, "size": event.size}
     turn.record("checkpoint.sealed", data, rank=event.rank, step=event.step)
+    _tell_forgotten(turn, state.saves.forgotten)
     _go_on(turn)
 
 
@@ -46,6 +50,7 @@ def persisted(turn: Turn, event: Persisted) -> None:
     turn.put(saves=after)
     data = {"tier": event.tier, "size": event.size, "seconds": event.seconds}
     turn.record("checkpoint.persisted", data, rank=event.rank, node=event.node, step=event.step)
+    _tell_forgotten(turn, state.saves.forgotten)
     if commit is not None:
         turn.do(commit)
     _go_on(turn)
@@ -148,6 +153,17 @@ def _failed(turn: Turn, step: int, tier: str, error: str, rank: int | None) -> N
     if stop is not None and stop.step == step and tier != retention.NVME:
         note(turn, f"its last checkpoint failed: {error}")
     _go_on(turn)
+
+
+def _tell_forgotten(turn: Turn, before: int) -> None:
+    """Say that checkpoints are given up because too many are under way; seldom, where it goes on and on."""
+    held = turn.state.saves
+    if held.forgotten > before and held.forgotten & (held.forgotten - 1) == 0:
+        message = (
+            f"{held.forgotten} checkpoint(s) given up: more than {saves.most(held.world)} were under way at once; "
+            "the ranks are far apart, or storage is far behind"
+        )
+        turn.record("warning.raised", {"message": message}, urgent=True)
 
 
 def _retire(turn: Turn) -> None:

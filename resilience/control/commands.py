@@ -78,12 +78,13 @@ class ReleaseStop:
 @dataclass(frozen=True)
 class Commit:
     """Write the checkpoint record of ``ref`` in ``tier`` to the log; ``parts`` = (rank, node, part name,
-    sha256). Answer: ``Committed``/``CommitFailed``, or ``FenceLost`` when a newer generation is found
-    there."""
+    sha256), ``size``: bytes of all packs together. Answer: ``Committed``/``CommitFailed``, or ``FenceLost``
+    when a newer generation is found there."""
 
     ref: CheckpointRef
     tier: str
     parts: tuple[tuple[int, str, str, str], ...]
+    size: int
 
 
 @dataclass(frozen=True)

@@ -127,9 +127,11 @@ def quiet_s(policy: Policy, pages: Pages) -> float:
     """How long the world may stand still before it is suspected."""
     floor = max(policy.hang_floor_s, policy.hang_factor * pages.longest_s)
     early = pages.top < pages.first + FIRST_STEPS
-    if pages.over or pages.finished.count:
+    past = pages.over or pages.finished.count
+    # Only where nobody is left in a loop: a rank that is may wait for ever for one that has gone.
+    if past and all(rank in pages.finished or page.section == "end" for rank, page in everyone(pages)):
         return math.inf
-    if pages.away or early:
+    if past or pages.away or early:
         return max(floor, LONG * policy.hang_floor_s)
     return floor
 

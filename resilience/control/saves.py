@@ -17,9 +17,10 @@ from resilience.control.types import CheckpointRef
 
 Part = tuple[str, str, str]  # node, part name, sha256
 
-_MOST = (
-    16  # saves followed at once; with the shared tier away for hours the oldest are forgotten, not hoarded
-)
+# Saves followed at once: as many as hold a quarter of a million parts, between these bounds. Ranks that do not wait
+# for each other may be that many saves apart; with the shared tier away for hours the oldest are forgotten.
+_PARTS = 1 << 18
+_FEWEST, _MOST = 16, 1024
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,14 @@ class Saves:
     """The saves of ``generation`` (0: none is accepted), by step.
 
     ``touched`` is the newest event's time; steps below ``floor`` are closed: what is still said of them is
-    late.
+    late. ``forgotten``: saves dropped because too many were under way, committed ones not counted.
     """
 
     generation: int = 0
     world: int = 0
     touched: float = 0.0
     floor: int = 0
+    forgotten: int = 0
     steps: dict[int, Save] = field(default_factory=dict)
 
     def open(self, generation: int, step: int) -> bool:
@@ -100,11 +102,18 @@ class Saves:
 
     def put(self, save: Save, at: float) -> Saves:
         steps = {**self.steps, save.ref.step: save}
-        floor = self.floor
-        if len(steps) > _MOST:
-            del steps[min(steps)]
-            floor = min(steps)
-        return replace(self, steps=steps, floor=floor, touched=max(self.touched, at))
+        made = replace(self, steps=steps, touched=max(self.touched, at))
+        return made._forget() if len(steps) > most(self.world) else made
+
+    def _forget(self) -> Saves:
+        """With one save less. The oldest, where every rank has sealed a newer one; else the ranks are far apart,
+        and what the last of them has yet to come to must stay: the newest but one."""
+        order = sorted(self.steps)
+        oldest = any(self.sealed(step) for step in order[1:])
+        gone = self.steps[order[0] if oldest else order[-2]]
+        steps = {step: save for step, save in self.steps.items() if save is not gone}
+        forgotten = self.forgotten + (not gone.committed() and not gone.closed)
+        return replace(self, steps=steps, floor=order[1] if oldest else self.floor, forgotten=forgotten)
 
     def sealed(self, step: int) -> bool:
         """Whether every rank has sealed ``step``."""
@@ -119,6 +128,11 @@ class Saves:
     def outstanding(self) -> bool:
         """Whether a commit was sent and not yet answered."""
         return any(save.pending() for save in self.steps.values())
+
+
+def most(world: int) -> int:
+    """Saves of a world of this size that are followed at once."""
+    return max(_FEWEST, min(_MOST, _PARTS // max(1, world)))
 
 
 def seal(saves: Saves, event: Sealed) -> Saves:
@@ -148,7 +162,7 @@ def persist(saves: Saves, event: Persisted) -> tuple[Saves, Commit | None]:
     commit = None
     if tier.ranks.count == saves.world and not tier.failed:
         parts = tuple((rank, *part) for rank, part in enumerate(tier.parts) if part is not None)
-        commit = Commit(save.ref, event.tier, parts)
+        commit = Commit(save.ref, event.tier, parts, tier.size)
         tier = replace(tier, asked=True)
     # What is durable was sealed, even where the report of the seal is still on its way.
     save = replace(save.put(event.tier, tier), sealed=save.sealed.add(event.rank))

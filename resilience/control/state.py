@@ -164,13 +164,15 @@ class Failures:
 
 @dataclass(frozen=True)
 class Stopping:
-    """A clean stop: asked for at ``since``; all ranks are to park after ``step`` steps."""
+    """A clean stop: asked for at ``since``; all ranks are to park after ``step`` steps; the newest of
+    those ``parked`` came there at ``parked_at``."""
 
     since: float
     reason: str
     step: int = 0
     widen: int = 1
     parked: Ranks = field(default_factory=Ranks)
+    parked_at: float = 0.0
     released: bool = False
     note: str = ""  # why the last checkpoint is not durable, if it is not
 

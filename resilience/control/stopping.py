@@ -17,6 +17,8 @@ from resilience.control.retention import SHARED
 from resilience.control.state import Stopping, Turn
 from resilience.control.types import Outcome, Phase, Result
 
+STEPS = 4.0  # a rank that has not moved for so many of its longest steps will not come to the stop point
+
 
 def requested(turn: Turn, event: StopRequested) -> None:
     state = turn.state
@@ -43,7 +45,7 @@ def parked(turn: Turn, event: Parked) -> None:
     if event.step != stop.step or event.rank in stop.parked:
         return
     turn.put(
-        stopping=replace(stop, parked=stop.parked.add(event.rank)),
+        stopping=replace(stop, parked=stop.parked.add(event.rank), parked_at=turn.now),
         pages=progress.reach(state.pages, event.step, event.at),
     )
     advance(turn)
@@ -85,12 +87,26 @@ def watch(turn: Turn) -> None:
         return
     if state.ending_at is not None:
         complete(turn)
-    elif turn.now - stop.since >= state.policy.stop_deadline_s:
-        reason = (
-            f"{stop.reason}: ranks were ended after {state.policy.stop_deadline_s:g} s without a clean stop"
-        )
+    elif turn.now - _moved_at(turn, stop) >= (quiet_s := _quiet_s(turn)):
+        reason = f"{stop.reason}: ranks were ended after {quiet_s:g} s without progress towards a clean stop"
         turn.record("generation.ended", {"reason": reason, "steps": state.pages.top})
         recovery.stop_all(turn, Outcome(Result.INTERRUPTED, reason))
+
+
+def _moved_at(turn: Turn, stop: Stopping) -> float:
+    """The newest sign that the stop is on its way: a step before the stop point, a rank parked, a save. What
+    comes beyond the point is none: ranks that do not hear of it would never be ended."""
+    state = turn.state
+    moved_at = max(stop.since, stop.parked_at)
+    if state.pages.top > stop.step:
+        return moved_at
+    return max(moved_at, state.pages.top_at, state.saves.touched)
+
+
+def _quiet_s(turn: Turn) -> float:
+    """How long nothing may move: steps are as long as they are, and the next may be a little longer."""
+    pages = turn.state.pages
+    return max(turn.state.policy.stop_deadline_s, STEPS * max(pages.longest_s, pages.step_s))
 
 
 def _post(turn: Turn, top: int) -> None:

@@ -52,7 +52,7 @@ class Policy:
         capacity_deadline_s: how long to wait for enough cards before giving up.
         start_deadline_s: how long a generation may take from start of its ranks to all having begun to step.
         drain_deadline_s: how long a failure waits for saves that every rank has already sealed.
-        stop_deadline_s: how long a clean stop may take before ranks are ended without it.
+        stop_deadline_s: how long a clean stop may go without progress before ranks are ended without it.
         hang_floor_s: no rank is suspected of a hang before this long without progress.
         hang_factor: nor before this many times the longest step seen (first steps excluded).
         keep_last: newest checkpoints to keep (at least 1).

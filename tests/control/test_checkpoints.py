@@ -8,6 +8,7 @@ import pytest
 
 from resilience.control import commands as c
 from resilience.control import events as e
+from resilience.control import saves
 from resilience.control.types import CheckpointRef, Phase, Result
 
 
@@ -174,6 +175,16 @@ def test_a_last_checkpoint_on_the_nodes_counts_where_the_shared_tier_refused(mak
     world.run_to(Phase.DONE, limit=5)
     assert world.outcome.result is Result.FINISHED
     assert "did not reach the shared tier" in world.outcome.reason
+
+
+def test_saves_given_up_are_told_seldom(make_world):
+    world = make_world(workers=2).run_to_step(5)
+    count = saves.most(2) + 40
+    for step in range(100, 100 + count):
+        world.send(e.Sealed(world.now, 1, 0, step, 0.1, 100))
+    told = [line for line in world.records("warning.raised") if "given up" in line.data["message"]]
+    assert 1 <= len(told) <= 7
+    assert len(world.state.saves.steps) == saves.most(2)
 
 
 def test_a_run_that_never_saves_finishes(make_world):

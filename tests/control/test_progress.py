@@ -86,8 +86,19 @@ def test_first_steps_and_named_sections_get_ten_floors():
 
 
 def test_after_the_loop_nothing_is_suspected():
-    p = see(stepping(pages(), 20), "n0", 21.0, r0=(20, 0.0, "end"), r1=(20, 0.0))
+    p = see(stepping(pages(), 20), "n0", 21.0, r0=(20, 0.0, "end"), r1=(20, 0.0, "end"))
+    p = see(progress.finish(p, 3, 20, 21.0), "n1", 21.0, r2=(20, 0.0, "end"), r3=(20, 0.0))
     assert not progress.suspect(POLICY, p, 1e6)
+
+
+def test_ranks_left_behind_in_the_loop_are_suspected_in_the_end():
+    """One rank has passed its loop, or returned; the others wait for it in a collective."""
+    p = see(stepping(pages(), 20), "n0", 21.0, r0=(20, 0.0, "end"), r1=(20, 0.0))
+    assert not progress.suspect(POLICY, p, 21.0 + 149.0)
+    assert progress.suspect(POLICY, p, 21.0 + 151.0)
+    p = progress.finish(stepping(pages(), 20), 0, 20, 21.0)
+    assert not progress.suspect(POLICY, p, 21.0 + 149.0)
+    assert progress.suspect(POLICY, p, 21.0 + 151.0)
 
 
 def test_a_stopped_process_is_blamed_even_in_a_named_section():

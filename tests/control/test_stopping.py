@@ -85,6 +85,37 @@ def test_the_deadline_ends_ranks_that_do_not_park(make_world):
     assert world.made(c.StopRanks)
 
 
+def test_long_steps_reach_the_stop_point(make_world):
+    """The stop point is two steps ahead at best: 80 s, and the deadline without progress is 60."""
+    world = make_world(checkpoint_every=2, world={"step_s": 40.0}).run_to_step(7)
+    world.stop().run_to(Phase.DONE, limit=300)
+    assert world.outcome.result is Result.INTERRUPTED
+    assert "stopped cleanly" in world.outcome.reason
+    assert world.state.kept[0].ref.step == world.made(c.PostStop)[-1].step
+
+
+def test_a_last_checkpoint_that_keeps_moving_is_waited_for(make_world):
+    world = make_world(stop_deadline_s=20).run_to_step(23)
+    world.drop = lambda event: isinstance(event, e.Persisted)
+    world.stop().run_for(4)
+    world.drop = lambda event: False
+    step = world.state.stopping.step
+    for tier in ("nvme", "shared"):
+        for rank in range(4):
+            world.run_for(15)
+            world._persist(1, rank, step, tier, world.card_of(rank).node)
+    world.run_to(Phase.DONE, limit=5)
+    assert "stopped cleanly" in world.outcome.reason
+    assert world.state.kept[0].tiers == {"nvme", "shared"}
+
+
+def test_steps_beyond_a_stop_point_do_not_hold_the_deadline(make_world):
+    world = make_world(stop_deadline_s=20).run_to_step(23)
+    world._on_poststop = lambda command: None  # the ranks never hear of it
+    world.stop().run_to(Phase.DONE, limit=30 + world.step_s * 10)
+    assert "without progress" in world.outcome.reason
+
+
 @pytest.mark.parametrize("how", ["kill", "raise_in", "lose"])
 def test_a_failure_while_stopping_ends_the_run_and_starts_nothing(make_world, how):
     world = make_world().run_to_step(23)
