@@ -35,12 +35,13 @@ def wait_until_gone(run: str, timeout: float = 10.0) -> list[str]:
     """What is left of ``run`` after at most ``timeout`` seconds: the kernel needs a moment to end what was killed."""
     deadline = time.monotonic() + timeout
     while (left := processes_of(run)) and time.monotonic() < deadline:
-        gone, _ = psutil.wait_procs(
-            [psutil.Process(int(line.split()[0])) for line in left if _alive(line)], 0.1
-        )
-        del gone
+        psutil.wait_procs([found for line in left for found in _handle(int(line.split()[0]))], 0.1)
     return left
 
 
-def _alive(line: str) -> bool:
-    return bool(psutil.pid_exists(int(line.split()[0])))
+def _handle(pid: int) -> list[psutil.Process]:
+    """The process, or nothing: it may have ended since it was seen."""
+    try:
+        return [psutil.Process(pid)]
+    except psutil.NoSuchProcess:
+        return []
