@@ -118,8 +118,19 @@ class Record:
 
 
 @dataclass(frozen=True)
+class RecordFinish:
+    """Write the finish record to the log: ``steps``, result ``finished``, and what rank 0 returned. It ends
+    nothing, and may come again after ``FinishFailed``. Answer: ``FinishRecorded``, also where the log held a
+    finish record of this run already; ``FenceLost`` when a newer generation is found there; ``FinishFailed`` when
+    storage is away."""
+
+    steps: int
+
+
+@dataclass(frozen=True)
 class Finish:
-    """The run is over: stop what is left, write the finish record if it finished, tell the caller."""
+    """The run is over: stop what is left, tell the caller. Nothing is written to the log: where the result is
+    ``finished``, the record is there already. No command comes after it."""
 
     outcome: Outcome
 
@@ -136,5 +147,6 @@ Command = (
     | Quarantine
     | Retire
     | Record
+    | RecordFinish
     | Finish
 )

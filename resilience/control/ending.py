@@ -1,18 +1,21 @@
 """How a run ends: its last saves, its outcome, and that nothing happens after.
 
-Owns ``finish``, the only way into ``Phase.DONE``, and the wait for saves still in flight when every rank's
-function has returned.
+Owns ``finish``, the only way into ``Phase.DONE``, the wait for saves still in flight when every rank's function
+has returned, and the finish record: a run has finished when the log says so, never before.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from resilience.control.commands import Finish, StopRanks
+from resilience.control.commands import Finish, RecordFinish, StopRanks
 from resilience.control.retention import SHARED
 from resilience.control.saves import Save
-from resilience.control.state import Turn
+from resilience.control.state import Finishing, Turn
 from resilience.control.types import Outcome, Phase, Result
+
+TRIES = 3  # of the finish record; each has the storage's own retries in it
+AGAIN_S = 2.0  # before the second, twice that before the third
 
 
 def finish(turn: Turn, outcome: Outcome) -> None:
@@ -24,7 +27,15 @@ def finish(turn: Turn, outcome: Outcome) -> None:
         turn.record("generation.ended", {"reason": outcome.result.value, "steps": state.pages.top})
     turn.record("run.finished", _story(turn, outcome), urgent=True)
     turn.do(*end_ranks(turn), Finish(outcome))
-    turn.put(phase=Phase.DONE, outcome=outcome, trouble=None, drain=None, attempt=None, ending_at=None)
+    turn.put(
+        phase=Phase.DONE,
+        outcome=outcome,
+        trouble=None,
+        drain=None,
+        attempt=None,
+        ending_at=None,
+        finishing=None,
+    )
 
 
 def end_ranks(turn: Turn) -> list[StopRanks]:
@@ -39,6 +50,9 @@ def end_ranks(turn: Turn) -> list[StopRanks]:
 def complete(turn: Turn) -> None:
     """Every rank has finished: end the run once the saves on their way are committed, or have gone quiet."""
     state = turn.state
+    if state.finishing is not None:
+        _again(turn, state.finishing)
+        return
     if state.ending_at is None:
         if state.pages.finished.count < len(state.table) or not state.table:
             return
@@ -53,7 +67,42 @@ def complete(turn: Turn) -> None:
         )
         finish(turn, Outcome(Result.INTERRUPTED, reason))
     else:
-        finish(turn, _returned(turn))
+        outcome = _returned(turn)
+        if outcome.result is not Result.FINISHED:
+            finish(turn, outcome)
+            return
+        steps = max(state.pages.top, state.restored_step, 0)
+        turn.put(finishing=Finishing(outcome, steps))
+        turn.do(RecordFinish(steps))
+
+
+def recorded(turn: Turn) -> None:
+    """The finish record is in the log: now, and only now, the run has finished."""
+    finishing = turn.state.finishing
+    if finishing is not None:
+        finish(turn, finishing.outcome)
+
+
+def not_recorded(turn: Turn, error: str) -> None:
+    """Try again, a few times; nobody who asked for the end waits for that."""
+    state = turn.state
+    finishing = state.finishing
+    if finishing is None or finishing.again_at is not None:
+        return
+    if finishing.tries < TRIES and state.stopping is None:
+        turn.put(finishing=replace(finishing, again_at=turn.now + AGAIN_S * finishing.tries))
+        return
+    reason = (
+        f"finished after {finishing.steps} steps, but that could not be recorded: {error}; "
+        "launch again once storage is back"
+    )
+    finish(turn, Outcome(Result.UNAVAILABLE, reason))
+
+
+def _again(turn: Turn, finishing: Finishing) -> None:
+    if finishing.again_at is not None and turn.now >= finishing.again_at:
+        turn.put(finishing=replace(finishing, tries=finishing.tries + 1, again_at=None))
+        turn.do(RecordFinish(finishing.steps))
 
 
 def saved(turn: Turn) -> bool:

@@ -217,6 +217,22 @@ class CommitFailed:
 
 
 @dataclass(frozen=True)
+class FinishRecorded:
+    """The log holds the finish record asked for by ``RecordFinish``: only now the run has finished."""
+
+    at: float
+
+
+@dataclass(frozen=True)
+class FinishFailed:
+    """The finish record could not be written (storage away, retried already). A newer generation in the log is
+    ``FenceLost``, not this."""
+
+    at: float
+    error: str
+
+
+@dataclass(frozen=True)
 class CheckpointMissed:
     """A rank had already passed the step that ``PostCheckpoint`` or ``PostStop`` named; it is at ``step``."""
 
@@ -271,6 +287,8 @@ Event = (
     | SaveFailed
     | Committed
     | CommitFailed
+    | FinishRecorded
+    | FinishFailed
     | CheckpointMissed
     | Parked
     | StopRequested

@@ -132,6 +132,8 @@ def restore_failed(turn: Turn, event: RestoreFailed) -> None:
 def fail(turn: Turn, signal: Signal) -> None:
     """Something says that the current generation has failed."""
     state = turn.state
+    if state.finishing is not None:
+        return  # every rank has returned and what they saved is safe: nothing is left that could fail
     if state.phase in LIVE:
         turn.put(trouble=(state.trouble or Trouble(turn.now + blame.SETTLE_S)).add(signal))
         if signal.strength >= blame.DECISIVE:

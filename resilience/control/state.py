@@ -178,6 +178,17 @@ class Stopping:
 
 
 @dataclass(frozen=True)
+class Finishing:
+    """The finish record is being written, for the ``tries``-th time; ``outcome`` holds once it is there.
+    ``again_at``: when it is tried again, ``None`` while an answer is awaited."""
+
+    outcome: Outcome
+    steps: int
+    tries: int = 1
+    again_at: float | None = None
+
+
+@dataclass(frozen=True)
 class State:
     """Everything that decisions depend on. Made by ``State.initial``, changed by ``supervise.step`` only.
 
@@ -227,6 +238,7 @@ class State:
     failures: Failures = field(default_factory=Failures)
     safe_at: float = 0.0
     ending_at: float | None = None  # all ranks have finished: since when their last saves are awaited
+    finishing: Finishing | None = None
     outcome: Outcome | None = None
 
     @classmethod

@@ -19,6 +19,8 @@ from resilience.control.events import (
     Event,
     Fenced,
     FenceLost,
+    FinishFailed,
+    FinishRecorded,
     LoadFailed,
     NodeJoined,
     NodeLost,
@@ -73,6 +75,10 @@ def _answer(turn: Turn, event: Event) -> None:
             checkpoints.committed(turn, event)
         case CommitFailed():
             checkpoints.commit_failed(turn, event)
+        case FinishRecorded():
+            ending.recorded(turn)
+        case FinishFailed():
+            ending.not_recorded(turn, event.error)
         case NodeJoined():
             _joined(turn, event)
         case LoadFailed():
@@ -181,3 +187,5 @@ def _fence_lost(turn: Turn, event: FenceLost) -> None:
         )
     elif turn.state.phase is Phase.FENCING:
         ending.finish(turn, Outcome(Result.UNAVAILABLE, f"the commit log cannot be reached: {event.reason}"))
+    else:
+        ending.not_recorded(turn, event.reason)

@@ -28,6 +28,7 @@ from resilience.control.types import (
     Phase,
     Policy,
     RankProgress,
+    Result,
 )
 
 SIGKILLED = Exit(signal=9)
@@ -79,6 +80,7 @@ class World:
     stop_at: int | None = None
     posted: set[int] = field(default_factory=set)
     released: bool = False
+    finish_record: int | None = None
     done: set[int] = field(default_factory=set)
     _queue: list[tuple[float, int, Any]] = field(default_factory=list)
     _count: Any = field(default_factory=itertools.count)
@@ -360,6 +362,19 @@ class World:
         shared = {ref for ref, tier in self.recorded if tier == "shared"}
         if shared:
             assert shared - self.retired, "the newest shared one is never retired"
+
+    def _on_recordfinish(self, command: c.RecordFinish) -> None:
+        if c.RecordFinish not in self.silent:
+            self.later(0.01, lambda: self._finished(command.steps))
+
+    def _finished(self, steps: int) -> None:
+        self.finish_record = steps
+        self.send(e.FinishRecorded(self.now))
+
+    def _on_finish(self, command: c.Finish) -> None:
+        told = any(fenced.finished for fenced in self.made(e.Fenced))
+        if command.outcome.result is Result.FINISHED and not told:
+            assert self.finish_record is not None, "finished before the log says so"
 
     def _on_quarantine(self, command: c.Quarantine) -> None:
         self.quarantined.add((command.ref, command.tier))

@@ -61,6 +61,8 @@ class Adversary:
         self.retired: set[CheckpointRef] = set()
         self.committed: set[tuple[CheckpointRef, str]] = set()
         self.finished = False
+        self.record_open = self.recorded_finish = False
+        self.record_asked = 0
         self.detected: set[str] = set()
         self.recovered: list[str] = []
         self.join(0)
@@ -318,8 +320,26 @@ class Adversary:
     def on_quarantine(self, command: c.Quarantine) -> None:
         self.bad.add((command.ref, command.tier))
 
+    def on_recordfinish(self, command: c.RecordFinish) -> None:
+        assert not self.fence_open
+        assert not self.record_open, "two finish records asked for at once"
+        self.record_open = True
+        self.record_asked += 1
+
+        def answer() -> Any:
+            self.record_open = False
+            if self.log > self.told:
+                return e.FenceLost(self.now, "newer")
+            if self.record_asked % 2:
+                return e.FinishFailed(self.now, "away")
+            self.recorded_finish = True
+            return e.FinishRecorded(self.now)
+
+        self.way.append(answer)
+
     def on_finish(self, command: c.Finish) -> None:
         assert not self.finished
+        assert command.outcome.result is not Result.FINISHED or self.recorded_finish
         self.finished = True
 
     # --- life ------------------------------------------------------------------------------------------------
