@@ -1,6 +1,7 @@
 """The supervisor's hand on the commit log: order of durability, fencing, retiring, sweeping."""
 
 import queue
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,12 @@ class Keeper:
     def fence(self, generation=1):
         return self.ask(c.Fence(generation))
 
+    def finish(self, steps=10, value=None):
+        """The run has finished; returns when the log's thread has ended."""
+        self.log.steps, self.log.value = steps, value
+        self.log.perform(c.Finish(Outcome(Result.FINISHED)))
+        self.log.close()
+
     def close(self):
         self.log.close()
         self.chronicle.close()
@@ -111,9 +118,8 @@ def save(storage, step, generation=1, value=1.0):
     view = memoryview(bytearray(layout.size))
     part = draft(layout, skeleton, run="r", step=step, generation=generation)
     result = persist(view, part, storage, directory(step, generation))
-    return c.Commit(
-        CheckpointRef(step, generation), "shared", ((0, "node-0", result.part_name, result.sha256),)
-    )
+    parts = ((0, "node-0", result.part_name, result.sha256),)
+    return c.Commit(CheckpointRef(step, generation), "shared", parts, result.size)
 
 
 def records(storage):
@@ -134,7 +140,6 @@ def test_a_fence_is_won_and_answered_with_what_can_be_restored(keeper, storage):
 def test_what_the_record_refers_to_is_there_before_the_record(keeper, storage):
     keeper.fence()
     commit = save(storage, 10)
-    keeper.log.persisted(commit.ref, "shared", 0, 4096)
     storage.made.clear()
     answer = keeper.ask(commit)
     assert isinstance(answer, e.Committed)
@@ -144,7 +149,7 @@ def test_what_the_record_refers_to_is_there_before_the_record(keeper, storage):
     assert storage.made[2].startswith("log/")
     record = records(storage)[-1]
     assert record.kind is Kind.CHECKPOINT
-    assert (record.body["step"], record.body["size"], record.body["world_size"]) == (10, 4096, 1)
+    assert (record.body["step"], record.body["size"], record.body["world_size"]) == (10, commit.size, 1)
     assert keeper.reached == ["fence.done", "commit.before", "commit.done"]
 
 
@@ -152,7 +157,7 @@ def test_a_checkpoint_of_the_near_tier_has_no_zarr_metadata(keeper, storage):
     keeper.fence()
     commit = save(storage, 10)
     storage.made.clear()
-    keeper.ask(c.Commit(commit.ref, "nvme", commit.parts))
+    keeper.ask(replace(commit, tier="nvme"))
     assert [name.split("/")[0] for name in storage.made] == ["log"]
 
 
@@ -221,9 +226,7 @@ def test_a_finished_run_removes_what_is_retired_at_its_end(make, storage):
     commit = save(storage, 10)
     keeper.ask(commit)
     keeper.log.perform(c.Retire((commit.ref,)))
-    keeper.log.steps, keeper.log.value = 10, '"done"'
-    keeper.log.perform(c.Finish(Outcome(Result.FINISHED)))
-    keeper.log.close()
+    keeper.finish(10, '"done"')
     assert storage.list("checkpoints/step-10-g1") == []
     finish = records(storage)[-1]
     assert finish.kind is Kind.FINISH
@@ -245,11 +248,23 @@ def test_what_a_predecessor_left_is_removed_when_the_run_ends(make, storage):
     new.fence(2)
     new.ask(save(storage, 30, 2))
     save(storage, 35, 2)  # of this generation: may still be committed
-    new.log.perform(c.Finish(Outcome(Result.FINISHED)))
-    new.log.close()
+    new.finish()
     left = {name.strip("/").split("/")[-1] for name in storage.list("checkpoints")}
     assert left == {"step-20-g1", "step-30-g2", "step-35-g2"}
     assert {"t": "sweep", "kept": ["step-30-g2", "step-20-g1"], "below": 2} in new.node_orders
+
+
+def test_the_bytes_of_a_save_given_up_go_unless_it_was_committed_after_all(make, storage):
+    keeper = make()
+    keeper.fence()
+    given_up, late = save(storage, 10), save(storage, 20)
+    keeper.log.discard(given_up.ref)
+    keeper.log.discard(late.ref)
+    keeper.ask(late)
+    assert storage.list("checkpoints/step-10-g1") != []  # the grace period
+    keeper.finish()
+    left = {name.strip("/").split("/")[-1] for name in storage.list("checkpoints")}
+    assert left == {"step-20-g1"}
 
 
 def test_bytes_that_cannot_be_removed_are_a_warning(make, storage, monkeypatch):
@@ -272,7 +287,7 @@ def test_without_a_near_tier_what_lies_only_there_is_set_aside_and_said(make, st
     shared = save(storage, 10)
     first.ask(shared)
     near = save(storage, 20)
-    first.ask(c.Commit(near.ref, "nvme", near.parts))
+    first.ask(replace(near, tier="nvme"))
     second = make(near=False)
     answer = second.fence(2)
     assert [(found.ref.step, found.tier) for found in answer.candidates] == [(10, "shared")]
