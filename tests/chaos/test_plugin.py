@@ -1,15 +1,18 @@
 """The ``chaos`` fixture, in a pytest session of its own."""
 
+import tempfile
 import textwrap
 
 import pytest
+
+from chaos import leaks
 
 pytest_plugins = ["pytester"]
 
 _LEAKY = """
     import subprocess, sys
 
-    def test_leaves_a_process(chaos, request):
+    def test_leaves_a_process(chaos):
         name = "plugin-leak"
         chaos.runs.append(name)
         process = subprocess.Popen(
@@ -25,23 +28,23 @@ _LEAKY = """
 @pytest.fixture
 def session(pytester, monkeypatch):
     """Runs a test file with the plugin as an installed package has it."""
-    pytester.makeconftest(
-        """
-        import chaos.leaks
-        wait = chaos.leaks.wait_until_gone
-        chaos.leaks.wait_until_gone = lambda run: wait(run, timeout=0.2)
-        """
-    )
+    wait = leaks.wait_until_gone
+    monkeypatch.setattr(leaks, "wait_until_gone", lambda run: wait(run, timeout=0.2))
+
+    monkeypatch.setattr(leaks, "left", None, raising=False)
 
     def run(body):
         pytester.makepyfile(textwrap.dedent(body))
-        return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-q")
+        return pytester.runpytest_inprocess("-p", "no:cacheprovider", "-q")
 
-    return run
+    yield run
+    if leaks.left is not None:
+        leaks.left.kill()
+        leaks.left.communicate()
 
 
 def test_a_test_that_leaves_a_process_fails_and_the_process_is_named(session):
-    result = session(_LEAKY.format(after="request.config.left = process"))
+    result = session(_LEAKY.format(after="import chaos.leaks; chaos.leaks.left = process"))
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(
         ["*run plugin-leak left processes behind:*", "*resilience.runtime.zygote plugin-leak*"]
@@ -53,7 +56,7 @@ def test_a_test_that_cleans_up_passes(session):
 
 
 def test_a_test_that_leaves_a_file_fails_and_the_file_is_named(session, tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     result = session(
         """
         import tempfile
