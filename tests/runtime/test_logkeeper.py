@@ -13,7 +13,7 @@ from resilience.checkpoint.snapshot import specs_of
 from resilience.checkpoint.tree import flatten
 from resilience.control import commands as c
 from resilience.control import events as e
-from resilience.control.types import CheckpointRef, Outcome, Result
+from resilience.control.types import CheckpointRef
 from resilience.journal.events import read_events
 from resilience.journal.log import CommitLog
 from resilience.journal.records import Kind
@@ -73,8 +73,8 @@ class Keeper:
 
     def finish(self, steps=10, value=None):
         """The run has finished; returns when the log's thread has ended."""
-        self.log.steps, self.log.value = steps, value
-        self.log.perform(c.Finish(Outcome(Result.FINISHED)))
+        self.log.value = value
+        assert isinstance(self.ask(c.RecordFinish(steps)), e.FinishRecorded)
         self.log.close()
 
     def close(self):
@@ -231,6 +231,33 @@ def test_a_finished_run_removes_what_is_retired_at_its_end(make, storage):
     finish = records(storage)[-1]
     assert finish.kind is Kind.FINISH
     assert (finish.body["step"], finish.body["value"], finish.body["result"]) == (10, '"done"', "finished")
+
+
+def test_the_end_is_recorded_once_and_may_be_asked_for_again(make, storage):
+    keeper = make()
+    keeper.fence()
+    storage.add(Fault("unavailable", "create", name="log/*", count=None))
+    failed = keeper.ask(c.RecordFinish(10))
+    assert isinstance(failed, e.FinishFailed)
+    assert "unavailable" in failed.error
+    storage.heal()
+    assert isinstance(keeper.ask(c.RecordFinish(10)), e.FinishRecorded)
+    assert isinstance(keeper.ask(c.RecordFinish(99)), e.FinishRecorded)
+    finishes = [record for record in records(storage) if record.kind is Kind.FINISH]
+    assert [record.body["step"] for record in finishes] == [10]
+    newer = make()
+    assert newer.fence(2).finished
+    assert isinstance(newer.ask(c.RecordFinish(50)), e.FinishRecorded)  # what that record says stays
+    assert len([record for record in records(storage) if record.kind is Kind.FINISH]) == 1
+
+
+def test_a_fenced_supervisor_cannot_record_an_end(make, storage):
+    old, new = make(), make()
+    old.fence(1)
+    new.fence(2)
+    answer = old.ask(c.RecordFinish(10))
+    assert isinstance(answer, e.FenceLost)
+    assert answer.newer
 
 
 def test_what_a_predecessor_left_is_removed_when_the_run_ends(make, storage):
