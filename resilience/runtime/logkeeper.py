@@ -18,7 +18,7 @@ from resilience.checkpoint import retention, zarr_view
 from resilience.checkpoint.part import Part, directory
 from resilience.control import commands as c
 from resilience.control import events as e
-from resilience.control.types import Candidate, CheckpointRef
+from resilience.control.types import Candidate, CheckpointRef, Result
 from resilience.errors import CorruptError, FencedError, ResilienceError
 from resilience.journal.log import CommitLog
 from resilience.journal.records import Kind
@@ -65,14 +65,11 @@ class LogKeeper:
         self._nodes = nodes
         self._broken = broken
         self._log = CommitLog(storage, new_id=lambda: uuid.uuid4().hex)
-        self._orders: queue.SimpleQueue[c.Command | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[c.Command | CheckpointRef | None] = queue.SimpleQueue()
         self._retired: list[tuple[float, CheckpointRef]] = []
         self._sweep_at: float | None = None
         self.state = LogState()
-        # What the finish record says beside the outcome: completed steps, JSON text of what rank 0 returned.
-        self.steps = 0
-        self.value: str | None = None
-        self._sizes: dict[tuple[CheckpointRef, str, int], int] = {}
+        self.value: str | None = None  # JSON text of what rank 0 returned, for the finish record
         self._finished = False
         self._thread = threading.Thread(target=self._loop, name="log", daemon=True)
         self._thread.start()
@@ -80,9 +77,9 @@ class LogKeeper:
     def perform(self, command: c.Command) -> None:
         self._orders.put(command)
 
-    def persisted(self, ref: CheckpointRef, tier: str, rank: int, size: int) -> None:
-        """Note the size of a pack, for the record of its checkpoint."""
-        self._sizes[ref, tier, rank] = size
+    def discard(self, ref: CheckpointRef) -> None:
+        """A save was given up: its bytes go after the grace period, unless the log holds it by then after all."""
+        self._orders.put(ref)
 
     def close(self) -> None:
         """Carry out what was handed over, then end."""
@@ -106,6 +103,9 @@ class LogKeeper:
                 # Nobody restores any more. What a run that did not finish leaves is collected when it goes on.
                 self._collect(everything=self._finished)
                 return
+            if isinstance(command, CheckpointRef):
+                self._retired.append((time.monotonic() + _GRACE_S, command))
+                continue
             handler: Callable[[Any], None] = getattr(self, f"_{type(command).__name__.lower()}")
             handler(command)
 
@@ -162,7 +162,7 @@ class LogKeeper:
                         {"rank": rank, "node": node, "name": name, "sha256": sha256}
                         for rank, node, name, sha256 in command.parts
                     ],
-                    "size": sum(self._sizes.get((ref, tier, rank), 0) for rank, *_ in command.parts),
+                    "size": command.size,
                 },
             )
             self.state = fold(self._log.refresh())
@@ -199,7 +199,6 @@ class LogKeeper:
     def _retire(self, command: c.Retire) -> None:
         refs = [{"step": ref.step, "generation": ref.generation} for ref in command.refs]
         if self._append(Kind.RETIRE, {"refs": refs}, "could not record what is retired"):
-            self._sizes = {key: size for key, size in self._sizes.items() if key[0] not in command.refs}
             for ref in command.refs:
                 self._retired.append((time.monotonic() + _GRACE_S, ref))
         self._collect()
@@ -209,6 +208,8 @@ class LogKeeper:
         now = time.monotonic()
         while self._retired and (everything or self._retired[0][0] <= now):
             _due, ref = self._retired.pop(0)
+            if any(checkpoint.ref == ref for checkpoint in self.state.checkpoints):
+                continue  # given up, and committed after all
             self._nodes({"t": "delete", "step": ref.step, "generation": ref.generation})
             self._remove(ref)
         if self._sweep_at is not None and (everything or self._sweep_at <= now):
@@ -239,12 +240,21 @@ class LogKeeper:
             "checkpoint.deleted", {"generation": ref.generation, "tier": "shared"}, step=ref.step
         )
 
-    def _finish(self, command: c.Finish) -> None:
-        if self.state.finished is not None:  # it had finished before: what that record says stays
-            self._finished = True
-            return
-        body = {"step": self.steps, "result": command.outcome.result.value, "value": self.value}
-        self._finished = self._append(Kind.FINISH, body, "could not record that the run finished")
+    def _recordfinish(self, command: c.RecordFinish) -> None:
+        """Where the log says already that the run has finished, what that record says stays."""
+        if self.state.finished is None:
+            body = {"step": command.steps, "result": Result.FINISHED.value, "value": self.value}
+            try:
+                self._log.append(Kind.FINISH, body)
+                self.state = fold(self._log.refresh())
+            except FencedError as error:
+                self._answer(e.FenceLost(time.monotonic(), str(error)))
+                return
+            except ResilienceError as error:
+                self._answer(e.FinishFailed(time.monotonic(), str(error)))
+                return
+        self._finished = True
+        self._answer(e.FinishRecorded(time.monotonic()))
 
     def _append(self, kind: Kind, body: dict[str, Any], complaint: str) -> bool:
         try:

@@ -230,6 +230,8 @@ class Supervisor:
         self._order_all({"t": "post", "generation": generation, "word": word, "step": value})
 
     def _do_record(self, command: c.Record) -> None:
+        if command.type == "checkpoint.abandoned" and command.step is not None:
+            self._log.discard(CheckpointRef(command.step, self._state.generation))
         self._chronicle.write(
             command.type,
             command.data,
@@ -245,11 +247,11 @@ class Supervisor:
 
     _do_fence = _do_commit = _do_quarantine = _do_retire = _to_log
 
-    def _do_finish(self, command: c.Finish) -> None:
-        outcome = command.outcome
-        if outcome.result is Result.FINISHED:
-            self._log.value, self._log.steps = self._value, self._steps()
-            self._log.perform(command)
+    def _do_recordfinish(self, command: c.RecordFinish) -> None:
+        self._log.value = self._value
+        self._log.perform(command)
+
+    def _do_finish(self, _command: c.Finish) -> None:
         threading.Thread(target=self._wind_down, name="finish", daemon=True).start()
 
     def _wind_down(self) -> None:
@@ -283,9 +285,6 @@ class Supervisor:
         else:
             if kind == "stepped":
                 self._total = seen["total"]
-            if kind == "persisted":
-                ref = CheckpointRef(seen["step"], seen["generation"])
-                self._log.persisted(ref, seen["tier"], seen["rank"], seen["size"])
             if kind == "finished" and seen["rank"] == 0:
                 self._value = seen["value"]
             if kind == "log" and seen["values"] and seen["rank"] == 0:
