@@ -119,6 +119,7 @@ class LogKeeper:
         except ResilienceError as error:
             self._answer(e.FenceLost(time.monotonic(), str(error), newer=False))
             return
+        self._finished = self.state.finished is not None
         self._chronicle.generation(record.generation)
         self._sweep_at = time.monotonic() + _GRACE_S
         self._reach("fence.done", generation=record.generation)

@@ -35,6 +35,7 @@ from resilience.runtime.wire import Channel
 SLOTS = 2
 _LOG_EVERY_S = 0.5
 _SLOT_WAIT_S = 10.0
+_LAST_SLOT_WAIT_S = 300.0
 # Exit codes of a rank's process; its message to the agent says more.
 EXIT_USER_ERROR = 1
 EXIT_RESTORE_FAILED = 75
@@ -106,6 +107,7 @@ class RankHost:
         self._saved = -1
         self._behind = False  # the last save found no slot
         self._done = 0
+        self._total: int | None = None
         self._first = True
         self._missed: set[tuple[str, int]] = set()
         self._values: list[dict[str, Any]] = []
@@ -179,7 +181,7 @@ class RankHost:
     def end(self, done: int, total: int) -> bool:
         page = self._page
         page.beat(done)
-        self._done = done
+        self._done, self._total = done, total
         if self._first:
             self._first = False
             self.tell({"t": "stepped", "step": done, "total": total})
@@ -291,14 +293,16 @@ class RankHost:
 
     def _acquire(self, arena: Arena, done: int) -> int | None:
         """A slot to write to. Waits for the writer, but not for one whose saves fail, nor a second time for one
-        that did not come: training goes on."""
-        deadline = time.monotonic() + (0.0 if self._behind else _SLOT_WAIT_S)
+        that did not come: training goes on. The last save, with nothing to train after it, is waited for: what
+        fails frees its slot."""
+        last = done in (self._total, self._page.stop_at)
+        deadline = time.monotonic() + (_LAST_SLOT_WAIT_S if last else 0.0 if self._behind else _SLOT_WAIT_S)
         while True:
             slot = arena.acquire()
             if slot is not None:
                 self._behind = False
                 return slot
-            if self._page.saves_failing or time.monotonic() > deadline:
+            if (self._page.saves_failing and not last) or time.monotonic() > deadline:
                 self._behind = True
                 self.tell(
                     {"t": "skipped", "step": done, "reason": "every arena slot still waits for storage"}
