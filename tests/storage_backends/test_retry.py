@@ -133,7 +133,6 @@ def test_nothing_inside_a_sink_is_repeated() -> None:
         retrying, _, clock = storage(Fault("unavailable", operation))  # type: ignore[arg-type]
         sink = retrying.sink("a")
 
-
         def use(sink: Sink = sink) -> None:
             sink.write(b"1")
             sink.commit()
