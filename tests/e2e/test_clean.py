@@ -90,7 +90,7 @@ def test_nothing_is_left_after_any_end(cluster, driven, jobs, chaos, drive, unti
     assert sockets() - before_sockets == set()
     drive.allow(12)
     assert launch.result().finished
-    assert_clean("good", before_files, before_sockets)
+    assert_clean("good", before_files, before_sockets, until)
 
     ends = {
         "error": (jobs.fails_at, [], {"step": 3}, {}, TrainingError),
@@ -101,10 +101,10 @@ def test_nothing_is_left_after_any_end(cluster, driven, jobs, chaos, drive, unti
     for name, (job, faults, given, options, error) in ends.items():
         with pytest.raises(error):
             chaos.options(job, faults, name=name, **options).launch(view="none", **given)
-        assert_clean(name, before_files, before_sockets)
+        assert_clean(name, before_files, before_sockets, until)
 
 
-def test_nothing_is_left_of_a_run_on_an_object_store(cluster, jobs, chaos, aws, bucket):
+def test_nothing_is_left_of_a_run_on_an_object_store(cluster, jobs, chaos, aws, bucket, until):
     """There the ranks' output waits in a temporary directory until it is shipped."""
     before_files, before_sockets = files(), sockets()
     options = {"storage": f"s3://{bucket}/runs", "nvme": None, "env": aws}
@@ -115,18 +115,18 @@ def test_nothing_is_left_of_a_run_on_an_object_store(cluster, jobs, chaos, aws, 
         **options,
     )
     assert result.finished
-    assert_clean(result.run, before_files, before_sockets)
+    assert_clean(result.run, before_files, before_sockets, until)
 
 
-def assert_clean(run: str, before_files: set[str], before_sockets: set[str]) -> None:
+def assert_clean(run: str, before_files: set[str], before_sockets: set[str], until) -> None:
     assert leaks.wait_until_gone(run) == []
     left = [psutil.Process(int(line.split()[0])) for line in workers()]
     psutil.wait_procs(left, timeout=10)  # Ray ends the process of a killed actor in its own time
     assert workers() == set()
     assert memfds() == set()
     assert actors() == []
-    assert files() - before_files == set()
-    assert sockets() - before_sockets == set()
+    until(lambda: not files() - before_files, timeout=10, why=f"the end of {files() - before_files}")
+    until(lambda: not sockets() - before_sockets, timeout=10, why=f"the end of {sockets() - before_sockets}")
 
 
 @pytest.mark.parametrize(
