@@ -23,14 +23,14 @@ SYSTEMS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--system", choices=[*SYSTEMS, "all"], default="all")
+    parser.add_argument("--system", choices=[*SYSTEMS, "all"], nargs="+", default=["all"])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--out", type=Path, default=report.RESULTS / "recovery.json")
     parser.add_argument("--keep", action="store_true", help="keep the working directory")
     arguments = parser.parse_args()
-    names = list(SYSTEMS) if arguments.system == "all" else [arguments.system]
+    names = list(SYSTEMS) if "all" in arguments.system else arguments.system
     versions: set[str] = set()
     results: list[dict[str, Any]] = []
     root = Path(tempfile.mkdtemp(prefix="recovery-"))
