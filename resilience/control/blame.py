@@ -69,7 +69,7 @@ class Signal:
     """One thing observed that says a generation has failed.
 
     ``at``: when it was observed; ``failed_at``: last sign of life before it. ``kind``, ``cause`` and
-    ``confidence`` are the incident's when this signal is believed.
+    ``confidence`` are the incident's when this signal is believed. ``again``: a restore that had failed before.
     """
 
     at: float
@@ -82,6 +82,7 @@ class Signal:
     card: str | None = None
     confidence: float = 1.0
     exit: Exit | None = None
+    again: bool = False
 
 
 def lost_peers(text: str) -> bool:

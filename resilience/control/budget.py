@@ -1,8 +1,8 @@
 """How many failures in a row are allowed, and when the same card has failed too often. Pure.
 
 Owns the counting. What refills the budget is progress only: a checkpoint committed since the last failure, or
-a step begun beyond every earlier one. Restores that fail are not counted: each takes a checkpoint out of the
-choice, so they end by themselves.
+a step begun beyond every earlier one. Restores that fail are not counted as long as each takes a checkpoint out
+of the choice, so that they end by themselves; one that could not be read before, and is tried again, counts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,22 @@ _TOLD = 16  # stories kept for the reason of a run that ends
 
 
 def charge(
-    failures: Failures, incident: Incident, step: int, table: Sequence[Assignment], policy: Policy
+    failures: Failures,
+    incident: Incident,
+    step: int,
+    table: Sequence[Assignment],
+    policy: Policy,
+    *,
+    again: bool = False,
 ) -> tuple[Failures, frozenset[Card]]:
-    """``failures`` with one more generation that failed at ``step``, and the cards to avoid from now on."""
+    """``failures`` with one more generation that failed at ``step``, and the cards to avoid from now on.
+
+    ``again``: a restore of what could not be read before either.
+    """
     if failures.committed or step > failures.step >= 0:
         failures = Failures(step=failures.step)
     failures = replace(failures, step=max(failures.step, step), committed=False)
-    if incident.kind in ("restore", "user"):
+    if incident.kind == "user" or (incident.kind == "restore" and not again):
         return failures, frozenset()
     story = f"generation {incident.generation} at step {step}: {incident.cause}"
     told = (*failures.story, story)[-min(_TOLD, policy.max_restarts + 1) :]

@@ -126,7 +126,11 @@ def restore_failed(turn: Turn, event: RestoreFailed) -> None:
     card = state.card_of(event.rank)
     cause = f"{event.ref} could not be restored from the {event.tier} tier: {event.reason}"
     node = card.node if card else None
-    fail(turn, Signal(turn.now, event.at, blame.RESTORE, "restore", cause, event.rank, node, confidence=0.0))
+    again = not event.corrupt and place in state.unread
+    signal = Signal(
+        turn.now, event.at, blame.RESTORE, "restore", cause, event.rank, node, confidence=0.0, again=again
+    )
+    fail(turn, signal)
 
 
 def fail(turn: Turn, signal: Signal) -> None:
@@ -171,7 +175,9 @@ def verdict(turn: Turn) -> None:
         at={"failed": min(each.failed_at for each in state.trouble.signals), "detected": first.at},
         signals=others,
     )
-    failures, avoid = budget.charge(state.failures, incident, state.pages.top, state.table, state.policy)
+    failures, avoid = budget.charge(
+        state.failures, incident, state.pages.top, state.table, state.policy, again=signal.again
+    )
     turn.put(failures=failures, cluster=replace(state.cluster, avoided=state.cluster.avoided | avoid))
     decision, reason, end = _decide(turn, incident, signal, bool(avoid))
     incident = replace(incident, decision=decision, reason=reason, at={**incident.at, "decided": turn.now})

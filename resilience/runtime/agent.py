@@ -141,6 +141,8 @@ class NodeAgent:
                         sink.write(
                             ray.get(read.remote(name, start, min(length, start + _BLOCK)), timeout=_PEER_S)
                         )
+            except FileNotFoundError:
+                continue  # lost for good: the restore finds it missing, and names it
             except (ray.exceptions.RayError, ResilienceError, OSError) as error:
                 return f"{name} could not be fetched from a peer: {type(error).__name__}: {error}"[:500]
         return None

@@ -300,6 +300,28 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_quarantined(make_world):
     assert world.state.unread == {}
 
 
+def test_checkpoints_that_can_never_be_read_end_the_run_and_not_in_a_thousand_generations(make_world):
+    """What could not be read was tried again for ever: each restore was free, and none left the choice."""
+    world = make_world(max_restarts=3).run_to_step(23).kill(2)
+    tried = 0
+    while tried < 50:
+        world.until(lambda: world.state.phase in (Phase.STARTING, Phase.DONE))
+        if world.state.phase is Phase.DONE:
+            break
+        found = world.state.attempt.restore
+        world.send(
+            e.RestoreFailed(
+                world.now, world.state.generation, 0, found.ref, found.tier, "away", corrupt=False
+            )
+        )
+        tried += 1
+    places = 2 * len(world.state.candidates)
+    assert world.outcome.result is Result.BUDGET_EXHAUSTED
+    assert "could not be restored" in world.outcome.reason
+    assert 3 < tried <= places + 4
+    assert not world.made(c.Quarantine)
+
+
 def test_what_was_only_on_a_lost_node_starts_over_with_a_warning(make_world):
     world = make_world(world={"drop": lambda event: getattr(event, "tier", "") == "shared"}).run_to_step(13)
     done = recover(world.lose(world.card_of(0).node))
