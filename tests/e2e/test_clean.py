@@ -75,22 +75,23 @@ def test_nothing_is_left_after_any_end(cluster, driven, jobs, chaos, drive, unti
     before_files, before_sockets = files(), sockets()
 
     # While a run is going: everything that may leak is there, and none of it has a name in a file system.
+    good = f"good-{os.getpid()}"  # several sessions may run on one machine
     arguments = {"control": str(drive.directory), "steps": 12}
-    launch = drive.launch(lambda: chaos.options(driven, name="good").launch(view="none", **arguments))
+    launch = drive.launch(lambda: chaos.options(driven, name=good).launch(view="none", **arguments))
     drive.allow(7)
     drive.wait_at(7)
-    assert len(leaks.processes_of("good")) >= 4
+    assert len(leaks.processes_of(good)) >= 4
     assert {name for _pid, name in memfds()} >= {
         "/memfd:resilience-page (deleted)",
         "/memfd:resilience-arena (deleted)",
     }
     until(workers, why="the actors' processes")
-    assert [actor["name"] for actor in actors()] == ["resilience:good"]
+    assert [actor["name"] for actor in actors()] == [f"resilience:{good}"]
     assert files() - before_files == set(), "shared memory is memfds, sockets are pairs: no file is made"
     assert sockets() - before_sockets == set()
     drive.allow(12)
     assert launch.result().finished
-    assert_clean("good", before_files, before_sockets, until)
+    assert_clean(good, before_files, before_sockets, until)
 
     ends = {
         "error": (jobs.fails_at, [], {"step": 3}, {}, TrainingError),
@@ -100,8 +101,8 @@ def test_nothing_is_left_after_any_end(cluster, driven, jobs, chaos, drive, unti
     }
     for name, (job, faults, given, options, error) in ends.items():
         with pytest.raises(error):
-            chaos.options(job, faults, name=name, **options).launch(view="none", **given)
-        assert_clean(name, before_files, before_sockets, until)
+            chaos.options(job, faults, name=f"{name}-{os.getpid()}", **options).launch(view="none", **given)
+        assert_clean(f"{name}-{os.getpid()}", before_files, before_sockets, until)
 
 
 def test_nothing_is_left_of_a_run_on_an_object_store(cluster, jobs, chaos, aws, bucket, until):

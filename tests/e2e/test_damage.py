@@ -1,12 +1,16 @@
 """What must hold 4: damage is named, with file and byte range, and never loaded; an older or colder copy is taken.
 
-One run that ends early leaves eight checkpoints in two tiers; each test damages a copy of it and launches again.
+One run that is stopped early leaves its checkpoints in two tiers; each test damages a copy of it and launches again.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +18,14 @@ import pytest
 
 import resilience
 from chaos.faults import Fault
-from resilience.errors import CorruptError, TrainingError
+from resilience.errors import CorruptError
 
 pytestmark = pytest.mark.ray
 
-STEPS = 30
-ARGUMENTS = {"steps": STEPS, "amount": 1000}
+AMOUNT = 300
 ARRAYS = ("weights", "velocity", "seen")
-OPTIONS = {"checkpoint_every": 3, "keep_last": 50, "name": "damaged"}
+RUN = f"damaged-{os.getpid()}"  # its own: several sessions may run on one machine
+OPTIONS = {"checkpoint_every": 3, "keep_last": 1000, "name": RUN}
 
 
 class Recorder:
@@ -51,44 +55,72 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def reference(jobs):
+def seed(_virtual_cluster, jobs, tmp_path_factory):
+    """A run of two generations, stopped when seven of its checkpoints were in both tiers: directory and steps."""
+    import ray
+
+    from chaos.harness import Chaos
+    from resilience.runtime.supervisor import NAMESPACE, actor_name
+
+    _virtual_cluster.heal()
+    with Chaos(tmp_path_factory.mktemp("seed")) as chaos, ThreadPoolExecutor(1) as pool:
+        fault = Fault("kill", rank=0, point="commit.done", step=3, tier="shared")
+        job = chaos.options(jobs.sgd, [fault], **OPTIONS)
+        launch = pool.submit(job.launch, view="none", steps=1_000_000, amount=AMOUNT)
+        until(lambda: launch.done() or len(committed_in(chaos.directory)) >= 7, why="seven checkpoints")
+        if not launch.done():
+            supervisor = ray.get_actor(actor_name(RUN), namespace=NAMESPACE)
+            ray.get(supervisor.request_stop.remote("enough for a test"))
+        result = launch.result(120)
+        assert result.outcome.result == "interrupted"
+    return chaos.directory, result.steps
+
+
+@pytest.fixture(scope="module")
+def arguments(seed):
+    return {"steps": seed[1] + 5, "amount": AMOUNT}
+
+
+@pytest.fixture(scope="module")
+def reference(jobs, arguments):
     """State of each rank after the same training, never interrupted."""
     from resilience.run import Run
 
     hosts = [Recorder(rank) for rank in range(3)]
     for host in hosts:
-        jobs.sgd(Run(host), **ARGUMENTS)
+        jobs.sgd(Run(host), **arguments)
     return [host.state["state"] for host in hosts]
 
 
-@pytest.fixture(scope="module")
-def seed(_virtual_cluster, jobs, tmp_path_factory):
-    """A run of two generations that ended with an error of the user's at step 26, with all its checkpoints."""
-    from chaos.harness import Chaos
+def committed_in(directory: Path) -> dict[int, int]:
+    """Step and generation of each checkpoint that the log records in the shared tier."""
+    from resilience.journal.log import CommitLog
+    from storage_backends import open_storage
 
-    _virtual_cluster.heal()
-    with Chaos(tmp_path_factory.mktemp("seed")) as chaos:
-        faults = [
-            Fault("kill", rank=0, point="commit.done", step=3, tier="shared"),
-            Fault("raise", rank=1, at_rank=1, step=26),
-        ]
-        with pytest.raises(TrainingError, match="injected fault 1"):
-            chaos.run(jobs.sgd, faults, arguments=ARGUMENTS, **OPTIONS)
-    return chaos
+    log = CommitLog(open_storage(str(directory / "storage" / RUN)), new_id=lambda: "reader")
+    found = [r for r in log.refresh() if r.kind == "checkpoint" and r.body["tier"] == "shared"]
+    return {record.body["step"]: record.generation for record in found}
+
+
+def until(condition, *, timeout: float = 90.0, why: str) -> None:
+    pause, deadline = threading.Event(), time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, why
+        pause.wait(0.02)
 
 
 @pytest.fixture
 def copy(seed, tmp_path):
     """A copy of the seed: its storage and its nvme tier."""
-    shutil.copytree(seed.directory, tmp_path / "copy")
+    shutil.copytree(seed[0], tmp_path / "copy")
     return tmp_path / "copy"
 
 
 @pytest.fixture
-def shared(copy, committed):
+def shared(copy):
     """Directory of each checkpoint that the log records in the shared tier, by step, newest first."""
-    found = {step: g for step, g, tier in committed(copy / "storage", "damaged") if tier == "shared"}
-    root = copy / "storage/damaged/checkpoints"
+    found = committed_in(copy)
+    root = copy / "storage" / RUN / "checkpoints"
     return {step: root / f"step-{step}-g{found[step]}" for step in sorted(found, reverse=True)}
 
 
@@ -109,24 +141,26 @@ def read_all(group) -> dict:
     return {f"{rank}/{name}": group[f"rank-{rank}/state/{name}"][...] for rank in range(3) for name in ARRAYS}
 
 
-def launch(jobs, copy: Path, **options):
+def launch(jobs, copy: Path, arguments: dict, **options):
     job = jobs.sgd.options(
         **{"storage": str(copy / "storage"), "nvme": None, "card": "card", **OPTIONS, **options}
     )
-    return job.launch(view="none", **ARGUMENTS)
+    return job.launch(view="none", **arguments)
 
 
-def assert_same(result, reference) -> None:
+def assert_same(result, reference, steps: int) -> None:
     assert result.finished
-    assert result.steps == STEPS
-    group = resilience.open_checkpoint(f"{result.storage}/{result.run}", step=STEPS)
+    assert result.steps == steps
+    group = resilience.open_checkpoint(f"{result.storage}/{result.run}", step=steps)
     for rank, state in enumerate(reference):
         for name in ARRAYS:
             assert np.array_equal(group[f"rank-{rank}/state/{name}"][...], state[name]), (rank, name)
-    assert result.value == {"draws": 8 * STEPS, "weights": reference[0]["weights"].tolist()}
+    assert result.value == {"draws": 8 * steps, "weights": reference[0]["weights"].tolist()}
 
 
-def test_every_kind_of_damage_is_named_skipped_and_outlived(cluster, jobs, cli, copy, shared, reference):
+def test_every_kind_of_damage_is_named_skipped_and_outlived(
+    cluster, jobs, cli, copy, shared, reference, arguments
+):
     """The five newest checkpoints are damaged in five ways: one launch walks over all of them to the sixth."""
     flipped, truncated, packless, partless, foreign, good = list(shared)[:6]
     of = {step: f"checkpoints/{path.name}" for step, path in shared.items()}
@@ -156,7 +190,7 @@ def test_every_kind_of_damage_is_named_skipped_and_outlived(cluster, jobs, cli, 
     }
 
     # Whoever opens one of them is told; nothing damaged is handed out.
-    url = str(copy / "storage/damaged")
+    url = str(copy / "storage" / RUN)
     with pytest.raises(CorruptError) as caught:
         read_all(resilience.open_checkpoint(url, step=flipped))
     assert (caught.value.path, caught.value.start, caught.value.end) == (
@@ -168,7 +202,7 @@ def test_every_kind_of_damage_is_named_skipped_and_outlived(cluster, jobs, cli, 
             _ = resilience.open_checkpoint(url, step=step)[f"{files[step][:6]}/state/seen"][...]
 
     # `resilience verify` names every one of them, and the file and the bytes.
-    checked = cli("verify", "damaged", "--storage", copy / "storage", "--nvme", copy / "no-nvme", "--json")
+    checked = cli("verify", RUN, "--storage", copy / "storage", "--nvme", copy / "no-nvme", "--json")
     assert checked.returncode == 1, checked.stdout + checked.stderr
     report = {c["step"]: c for c in json.loads(checked.stdout)["checkpoints"] if c["tier"] == "shared"}
     assert {step for step, c in report.items() if c["verdict"] == "damaged"} == set(files)
@@ -178,13 +212,13 @@ def test_every_kind_of_damage_is_named_skipped_and_outlived(cluster, jobs, cli, 
         assert all(d["start"] is not None for d in damage), (step, damage)
         if step in spots:
             assert spots[step] in {(d["start"], d["end"]) for d in damage}, (step, damage)
-    words = cli("verify", "damaged", "--storage", copy / "storage", "--step", flipped)
+    words = cli("verify", RUN, "--storage", copy / "storage", "--step", flipped)
     assert f"rank-1.pack bytes {spots[flipped][0]}..{spots[flipped][1]}" in words.stdout
     assert words.returncode == 1
 
     # The same launch again (now without a near tier): the sixth is restored, the reasons are in the journal.
-    result = launch(jobs, copy)
-    assert_same(result, reference)
+    result = launch(jobs, copy, arguments)
+    assert_same(result, reference, arguments["steps"])
     restores = result.history.rows("restores")
     assert (restores[-1]["step"], restores[-1]["tier"]) == (good, "shared")
     reasons = [reason for row in restores for reason in row["reasons"] or []]
@@ -209,22 +243,22 @@ def test_every_kind_of_damage_is_named_skipped_and_outlived(cluster, jobs, cli, 
     assert [i["decision"] for i in result.incidents if i["kind"] == "restore"] == ["restore older"] * 5
 
     # What is quarantined is not offered any more; what was made since is whole.
-    again = cli("verify", "damaged", "--storage", copy / "storage", "--step", STEPS)
+    again = cli("verify", RUN, "--storage", copy / "storage", "--step", arguments["steps"])
     assert again.returncode == 0, again.stdout
 
 
 def test_a_damaged_near_tier_falls_back_to_the_colder_one_of_the_same_step(
-    cluster, jobs, copy, shared, committed, reference
+    cluster, jobs, copy, shared, committed, reference, arguments
 ):
     newest = max(shared)
-    for step, generation, tier in committed(copy / "storage", "damaged"):
+    for step, generation, tier in committed(copy / "storage", RUN):
         if tier == "nvme" and step > newest:  # where the near tier was ahead of the colder one
-            for directory in copy.glob(f"nvme/damaged/*/checkpoints/step-{step}-g{generation}"):
+            for directory in copy.glob(f"nvme/{RUN}/*/checkpoints/step-{step}-g{generation}"):
                 shutil.rmtree(directory)
-    (pack,) = copy.glob(f"nvme/damaged/*/checkpoints/{shared[newest].name}/rank-0.pack")
+    (pack,) = copy.glob(f"nvme/{RUN}/*/checkpoints/{shared[newest].name}/rank-0.pack")
     flip(pack, chunk_of(pack.parent, 0)["offset"])
-    result = launch(jobs, copy, nvme=str(copy / "nvme"))
-    assert_same(result, reference)
+    result = launch(jobs, copy, arguments, nvme=str(copy / "nvme"))
+    assert_same(result, reference, arguments["steps"])
     last = result.history.rows("restores")[-1]
     assert (last["step"], last["tier"]) == (newest, "shared"), "not one step more is lost than need be"
     failed = result.history.sql(
@@ -236,20 +270,22 @@ def test_a_damaged_near_tier_falls_back_to_the_colder_one_of_the_same_step(
     assert states[newest, "shared"] == "kept"
 
 
-def test_with_every_checkpoint_damaged_it_never_starts_from_scratch(cluster, jobs, copy, shared, records):
+def test_with_every_checkpoint_damaged_it_never_starts_from_scratch(
+    cluster, jobs, copy, shared, records, arguments
+):
     for directory in shared.values():
         flip(directory / "rank-0.pack", chunk_of(directory, 0)["offset"])
     # Not without the near tier, which holds them whole but is not given; nor when that is lost, and the log has
     # all of the shared tier in quarantine.
     for nvme in (None, str(copy / "lost")):
         with pytest.raises(CorruptError) as caught:
-            launch(jobs, copy, nvme=nvme)
+            launch(jobs, copy, arguments, nvme=nvme)
         assert "does not start from scratch" in str(caught.value)
         assert shared[max(shared)].name in str(caught.value)
-    assert not any(record.kind == "finish" for record in records(copy / "storage", "damaged"))
-    history = resilience.history(str(copy / "storage"), run="damaged")
+    assert not any(record.kind == "finish" for record in records(copy / "storage", RUN))
+    history = resilience.history(str(copy / "storage"), run=RUN)
     assert [row["result"] for row in history.rows("attempts")] == [
-        "user_error",
+        "interrupted",
         "no_checkpoint",
         "no_checkpoint",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from chaos.faults import kill
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
+RUN = f"on-s3-{os.getpid()}"  # several sessions may run on one machine
 STEPS, SIZE = 23, 3000
 
 PLAIN_ZARR = """
@@ -36,7 +38,7 @@ def test_a_run_on_s3_outlives_a_kill_and_everything_reads_it(
         driven,
         [kill(1, step=12)],
         arguments={"control": str(drive.directory), "steps": STEPS, "size": SIZE, "talk": True},
-        name="on-s3",
+        name=RUN,
         storage=storage,
         nvme=None,
         env=aws,
@@ -44,32 +46,32 @@ def test_a_run_on_s3_outlives_a_kill_and_everything_reads_it(
     )
     assert result.finished
     assert result.value == STEPS
-    url = f"{storage}/on-s3"
+    url = f"{storage}/{RUN}"
     assert_exact(resilience.open_checkpoint(url), steps=STEPS, size=SIZE)
     (incident,) = result.incidents
     assert (incident["kind"], incident["rank"]) == ("signal", 1)
     assert incident["tier"] in ("shared", None)
 
     # What the command line says of it, with nothing but the storage URL and the environment.
-    whole = cli("verify", "on-s3", "--storage", storage, "--json")
+    whole = cli("verify", RUN, "--storage", storage, "--json")
     assert whole.returncode == 0, whole.stdout + whole.stderr
     verdicts = json.loads(whole.stdout)
     assert {c["verdict"] for c in verdicts["checkpoints"]} == {"whole"}
     assert {c["step"] for c in verdicts["checkpoints"]} >= {20, STEPS}
-    status = cli("status", "on-s3", "--storage", storage, "--json")
+    status = cli("status", RUN, "--storage", storage, "--json")
     assert status.returncode == 0, status.stderr
     assert "finished" in status.stdout
-    history = cli("history", "on-s3", "--storage", storage, "--json")
+    history = cli("history", RUN, "--storage", storage, "--json")
     assert history.returncode == 0, history.stderr
     assert len(json.loads(history.stdout)["incidents"]) == 1
     listed = cli("history", "--storage", storage)
-    assert "on-s3" in listed.stdout, listed.stdout + listed.stderr
+    assert RUN in listed.stdout, listed.stdout + listed.stderr
     for generation, step in ((1, 0), (2, STEPS - 1)):
-        logs = cli("logs", "on-s3", "--storage", storage, "--generation", generation, "--rank", 0)
+        logs = cli("logs", RUN, "--storage", storage, "--generation", generation, "--rank", 0)
         assert f"rank 0 at step {step} " in logs.stdout, (generation, logs.stderr)
 
     # And plain zarr over fsspec (that it needs none of this package is proved in tests/checkpoint).
-    (generation,) = {g for step, g, _tier in committed(storage, "on-s3") if step == STEPS}
+    (generation,) = {g for step, g, _tier in committed(storage, RUN) if step == STEPS}
     read = subprocess.run(
         [sys.executable, "-c", PLAIN_ZARR, f"{url}/checkpoints/step-{STEPS}-g{generation}"],
         capture_output=True,
@@ -86,10 +88,10 @@ def test_a_run_on_s3_outlives_a_kill_and_everything_reads_it(
     import boto3
 
     client = boto3.client("s3")
-    key = f"some/runs/on-s3/checkpoints/step-{STEPS}-g{generation}/rank-1.pack"
+    key = f"some/runs/{RUN}/checkpoints/step-{STEPS}-g{generation}/rank-1.pack"
     body = bytearray(client.get_object(Bucket=bucket, Key=key)["Body"].read())
     body[100] ^= 1
     client.put_object(Bucket=bucket, Key=key, Body=bytes(body))
-    damaged = cli("verify", "on-s3", "--storage", storage, "--step", STEPS)
+    damaged = cli("verify", RUN, "--storage", storage, "--step", STEPS)
     assert damaged.returncode == 1
     assert f"step-{STEPS}-g{generation}/rank-1.pack bytes 0.." in damaged.stdout

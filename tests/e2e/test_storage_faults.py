@@ -6,12 +6,15 @@ by the test: it makes as many steps as it is allowed to, so nothing here depends
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 import resilience
 
 pytestmark = pytest.mark.ray
 
+RUN = f"faults-{os.getpid()}"  # several sessions may run on one machine
 SIZE = 1 << 17  # values: 1 MiB of state for each rank
 
 
@@ -27,11 +30,11 @@ def failures(history):
 def test_a_full_nvme_is_passed_by(cluster, driven, chaos, drive, mounts, committed, until, assert_exact):
     """The near tier fills up after a checkpoint: saves go straight to shared storage, until there is room again."""
     nvme = mounts.tmpfs(chaos.directory / "small", "16m")
-    job = chaos.options(driven, name="nvme", nvme=str(nvme), keep_last=50)
+    job = chaos.options(driven, name=RUN, nvme=str(nvme), keep_last=50)
     launch = drive.launch(lambda: job.launch(view="none", control=str(drive.directory), steps=25, size=SIZE))
 
     def has(step, tier):
-        until(lambda: (step, 1, tier) in committed(chaos.storage, "nvme"), why=f"step {step} in {tier}")
+        until(lambda: (step, 1, tier) in committed(chaos.storage, RUN), why=f"step {step} in {tier}")
 
     drive.allow(7)
     has(5, "nvme")
@@ -46,10 +49,10 @@ def test_a_full_nvme_is_passed_by(cluster, driven, chaos, drive, mounts, committ
     drive.allow(25)
     result = launch.result()
     assert result.finished
-    log = committed(chaos.storage, "nvme")
+    log = committed(chaos.storage, RUN)
     assert (10, 1, "nvme") not in log and (15, 1, "nvme") not in log
     assert (20, 1, "nvme") in log, "with room again the near tier is used again"
-    assert_exact(resilience.open_checkpoint(f"{chaos.storage}/nvme"), steps=25, size=SIZE)
+    assert_exact(resilience.open_checkpoint(f"{chaos.storage}/{RUN}"), steps=25, size=SIZE)
     told = failures(result.history)
     assert {(row["step"], row["tier"]) for row in told} == {(10, "nvme"), (15, "nvme")}
     assert all("ENOSPC" in row["error"] for row in told)
@@ -75,13 +78,13 @@ def test_shared_storage_full_and_then_read_only(
     """All of shared storage, with the commit log, the journal and the ranks' output on it, fills up; there is room
     again; it turns read-only; and is writable again. Steps go on all the while, and saving resumes each time."""
     root = mounts.tmpfs(chaos.directory / "storage", "64m")
-    job = chaos.options(driven, name="shared", nvme=None, keep_last=50)
+    job = chaos.options(driven, name=RUN, nvme=None, keep_last=50)
     launch = drive.launch(
         lambda: job.launch(view="none", control=str(drive.directory), steps=50, size=SIZE, talk=True)
     )
 
     def has(step):
-        until(lambda: (step, 1, "shared") in committed(chaos.storage, "shared"), why=f"step {step}")
+        until(lambda: (step, 1, "shared") in committed(chaos.storage, RUN), why=f"step {step}")
 
     drive.allow(7)
     has(5)
@@ -101,10 +104,10 @@ def test_shared_storage_full_and_then_read_only(
     result = launch.result()
     assert result.finished
     assert result.value == 50
-    steps = [step for step, _generation, _tier in committed(chaos.storage, "shared")]
+    steps = [step for step, _generation, _tier in committed(chaos.storage, RUN)]
     assert steps == [5, 20, 35, 40, 45, 50]
     for step in steps:
-        assert_exact(resilience.open_checkpoint(f"{chaos.storage}/shared", step=step), steps=step, size=SIZE)
+        assert_exact(resilience.open_checkpoint(f"{chaos.storage}/{RUN}", step=step), steps=step, size=SIZE)
     told = failures(result.history)
     assert {row["step"] for row in told} == {10, 15, 25, 30}
     assert {row["step"]: row["last_good_step"] for row in told} == {10: 5, 15: 5, 25: 20, 30: 20}
@@ -125,11 +128,11 @@ def test_a_bucket_out_of_reach(
     monkeypatch.setenv("AWS_ENDPOINT_URL", gate.url)
     env = {**aws, "AWS_ENDPOINT_URL": gate.url}
     storage = f"s3://{bucket}/runs"
-    job = chaos.options(driven, name="cut", storage=storage, nvme=None, keep_last=50, env=env)
+    job = chaos.options(driven, name=RUN, storage=storage, nvme=None, keep_last=50, env=env)
     launch = drive.launch(lambda: job.launch(view="none", control=str(drive.directory), steps=60, size=1000))
 
     def newest() -> int:
-        return max((step for step, _generation, _tier in committed(storage, "cut")), default=0)
+        return max((step for step, _generation, _tier in committed(storage, RUN)), default=0)
 
     drive.allow(7)
     until(lambda: newest() == 5, why="the first checkpoint")
@@ -143,7 +146,7 @@ def test_a_bucket_out_of_reach(
     drive.allow(60)
     result = launch.result()
     assert result.finished
-    assert_exact(resilience.open_checkpoint(f"{storage}/cut", step=60), steps=60, size=1000)
+    assert_exact(resilience.open_checkpoint(f"{storage}/{RUN}", step=60), steps=60, size=1000)
     assert result.incidents == []
     told = failures(result.history)
     assert told, "what could not be saved is told"

@@ -19,6 +19,7 @@ from resilience.errors import FencedError
 
 pytestmark = pytest.mark.ray
 
+RUN = f"zombies-{os.getpid()}"  # several sessions may run on one machine
 SIZE = 1000
 
 
@@ -52,33 +53,33 @@ def test_a_stopped_node_that_wakes_after_its_replacement_writes_nothing_that_cou
 ):
     """Agent, zygote, writer and ranks of a node stand still; a new generation runs on the spare; then all of them
     wake up in the middle of their steps, with a save before them."""
-    job = chaos.options(driven, name="zombie", nvme=None, keep_last=50, spares=1)
+    job = chaos.options(driven, name=RUN, nvme=None, keep_last=50, spares=1)
     arguments = {"control": str(drive.directory), "steps": 40, "size": SIZE, "pids": True}
     launch = drive.launch(lambda: job.launch(view="none", **arguments))
     drive.allow(7)
-    until(lambda: (5, 1, "shared") in committed(chaos.storage, "zombie"), why="the first checkpoint")
+    until(lambda: (5, 1, "shared") in committed(chaos.storage, RUN), why="the first checkpoint")
     drive.wait_at(7)
-    first = tree_of("zombie", int((drive.directory / "pid-g1-rank-0").read_text()))
+    first = tree_of(RUN, int((drive.directory / "pid-g1-rank-0").read_text()))
     assert len(first) >= 5, "agent, zygote, writer, two ranks"
     signal_all(first, signal.SIGSTOP)
     # Replaced: the new generation has its fence, its checkpoint, and stands where it may not go on yet.
     drive.wait_at(7, generation=2)
-    fences = [record for record in records(chaos.storage, "zombie") if record.kind == "fence"]
+    fences = [record for record in records(chaos.storage, RUN) if record.kind == "fence"]
     assert [fence.generation for fence in fences] == [1, 2]
     # The zombies wake with permission to run past the save of step 10, before the new generation makes it.
     still = signal_all(first[2:], signal.SIGCONT)
     drive.allow(12)
     signal_all(first[:2], signal.SIGCONT)
-    until(lambda: (10, 2, "shared") in committed(chaos.storage, "zombie"), why="the new generation's save")
+    until(lambda: (10, 2, "shared") in committed(chaos.storage, RUN), why="the new generation's save")
     until(
         lambda: not any(p.is_running() for p in first), timeout=30, why="the end of the old agent's processes"
     )
     drive.allow(40)
     result = launch.result()
     assert result.finished
-    assert_exact(resilience.open_checkpoint(f"{chaos.storage}/zombie"), steps=40, size=SIZE)
-    assert_one_in_charge(records(chaos.storage, "zombie"))
-    log = committed(chaos.storage, "zombie")
+    assert_exact(resilience.open_checkpoint(f"{chaos.storage}/{RUN}"), steps=40, size=SIZE)
+    assert_one_in_charge(records(chaos.storage, RUN))
+    log = committed(chaos.storage, RUN)
     assert [entry for entry in log if entry[1] == 1] == [(5, 1, "shared")]
     assert len(log) == len(set(log))
     (incident,) = result.incidents
@@ -92,7 +93,7 @@ def test_two_launches_of_one_run_at_once_share_it(cluster, driven, chaos, drive,
     """Both ask at the same moment; one starts the run, the other finds it, and both get its result."""
     from resilience.runtime.launch import run_to_end
 
-    job = chaos.options(driven, name="twice", nvme=None)
+    job = chaos.options(driven, name=RUN, nvme=None)
     views: list[list[dict]] = [[], []]
 
     def launch(number: int):
@@ -108,7 +109,7 @@ def test_two_launches_of_one_run_at_once_share_it(cluster, driven, chaos, drive,
     assert [r["steps"] for r in results] == [8, 8]
     attached = [any(view.get("attached") for view in seen) for seen in views]
     assert sorted(attached) == [False, True]
-    fences = [record for record in records(chaos.storage, "twice") if record.kind == "fence"]
+    fences = [record for record in records(chaos.storage, RUN) if record.kind == "fence"]
     assert len(fences) == 1, "one run, one generation"
 
 
@@ -116,13 +117,13 @@ def test_a_second_supervisor_on_another_cluster_takes_over_and_the_first_is_fenc
     cluster, driven, chaos, drive, until, records, committed, assert_exact
 ):
     """Two clusters that know nothing of each other, over the same storage, under the same name."""
-    job = chaos.options(driven, name="split", nvme=None, keep_last=50)
+    job = chaos.options(driven, name=RUN, nvme=None, keep_last=50)
     arguments = {"control": str(drive.directory), "steps": 40, "size": SIZE}
     launch = drive.launch(lambda: job.launch(view="none", **arguments))
     drive.allow(7)
-    until(lambda: (5, 1, "shared") in committed(chaos.storage, "split"), why="the first checkpoint")
+    until(lambda: (5, 1, "shared") in committed(chaos.storage, RUN), why="the first checkpoint")
     command = [sys.executable, "-m", "resilience.cli", "run", f"{Path(__file__).parent / 'driven.py'}:driven"]
-    command += ["--name", "split", "--storage", chaos.storage, "--json"]
+    command += ["--name", RUN, "--storage", chaos.storage, "--json"]
     for key, value in arguments.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -144,7 +145,7 @@ def test_a_second_supervisor_on_another_cluster_takes_over_and_the_first_is_fenc
             launch.result()
         assert "generation 2" in str(caught.value)
         drive.runs.clear()
-        until(lambda: (10, 2, "shared") in committed(chaos.storage, "split"), why="the second's commit")
+        until(lambda: (10, 2, "shared") in committed(chaos.storage, RUN), why="the second's commit")
         drive.allow(40)
         out, err = second.communicate(timeout=120)
     finally:
@@ -153,7 +154,7 @@ def test_a_second_supervisor_on_another_cluster_takes_over_and_the_first_is_fenc
             second.wait()
     assert second.returncode == 0, err
     assert json.loads(out.splitlines()[-1])["result"] == "finished", out
-    assert_one_in_charge(records(chaos.storage, "split"))
-    assert [entry for entry in committed(chaos.storage, "split") if entry[1] == 1] == [(5, 1, "shared")]
-    assert_exact(resilience.open_checkpoint(f"{chaos.storage}/split"), steps=40, size=SIZE)
-    assert leaks.wait_until_gone("split", timeout=30) == []
+    assert_one_in_charge(records(chaos.storage, RUN))
+    assert [entry for entry in committed(chaos.storage, RUN) if entry[1] == 1] == [(5, 1, "shared")]
+    assert_exact(resilience.open_checkpoint(f"{chaos.storage}/{RUN}"), steps=40, size=SIZE)
+    assert leaks.wait_until_gone(RUN, timeout=30) == []
