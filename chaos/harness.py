@@ -6,6 +6,7 @@ planned fault fired and is in the journal, and nothing of ours is left behind.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -88,3 +89,17 @@ class Chaos:
     ) -> None:
         if error is None:
             self.check_no_leaks()
+        else:
+            self.end_runs()
+
+    def end_runs(self) -> None:
+        """End what a failed test left running, so that it takes no cards from the next one."""
+        import ray
+
+        from resilience.runtime.supervisor import NAMESPACE, actor_name
+
+        for run in self.runs if ray.is_initialized() else ():
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                supervisor = ray.get_actor(actor_name(run), namespace=NAMESPACE)
+                ray.get(supervisor.abandon.remote(), timeout=30)
+                ray.kill(supervisor)
