@@ -88,7 +88,7 @@ def reference(jobs, arguments):
 
     hosts = [Recorder(rank) for rank in range(3)]
     for host in hosts:
-        jobs.sgd(Run(host), **arguments)
+        jobs.sgd(Run(host), **{**arguments, "amount": 0})  # how long a step takes changes nothing
     return [host.state["state"] for host in hosts]
 
 
