@@ -21,7 +21,7 @@ from resilience.control.ledger import lost_steps, phases
 from resilience.control.persistent import Ranks
 from resilience.control.saves import Saves
 from resilience.control.state import Attempt, Running, Turn, Waiting
-from resilience.control.types import Card, Incident, Outcome, Phase, Result
+from resilience.control.types import Incident, Outcome, Phase, Result
 
 GRACE_S = 5.0  # before the first generation: spares that join a moment later may give a better topology
 
@@ -246,11 +246,6 @@ def stamp(incidents: tuple[Incident, ...], moment: str, at: float) -> tuple[Inci
 
 def subject(incident: Incident) -> dict[str, Any]:
     return {"rank": incident.rank, "node": incident.node, "card": incident.card}
-
-
-def uses(turn: Turn, card: Card) -> bool:
-    """Whether the newest placement has a rank on ``card``."""
-    return any(assignment.card == card for assignment in turn.state.table)
 
 
 def _recovered(incident: Incident) -> dict[str, object]:

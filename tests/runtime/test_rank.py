@@ -285,6 +285,24 @@ def test_a_writer_that_is_behind_is_waited_for(agent):
     assert [m["step"] for m in agent.heard("sealed")] == [3]
 
 
+def test_the_last_save_is_waited_for_even_while_saves_fail(agent):
+    """Nothing is trained after it: to skip it would be to lose the end of the run."""
+    agent.save(1)
+    agent.save(2)
+    agent.heard()
+    agent.page.saves_failing = True
+    agent.host.end(3, 3)
+    thread = threading.Thread(target=agent.save, args=(3,), daemon=True)
+    thread.start()
+    while agent.page.section != "snapshot" and thread.is_alive():
+        os.sched_yield()
+    agent.arenas[0].release(0)  # the writer gave a save up, which frees its slot
+    thread.join(10)
+    told = agent.heard()
+    assert [m["step"] for m in told if m["t"] == "sealed"] == [3]
+    assert not [m for m in told if m["t"] == "skipped"]
+
+
 # Faults, and the end.
 
 
