@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from resilience.checkpoint.shard import Shard
+
 AnyArray = npt.NDArray[Any]
 
 # Zarr v3 name -> NumPy type. The Zarr registry lacks ``float8_e4m3fn``: that is TensorStore's and torch's
@@ -52,7 +54,10 @@ def carrier(name: str) -> np.dtype[Any]:
 
 
 def kind(value: Any) -> str | None:
-    """``"torch"``, ``"numpy"``, ``"jax"`` (others with DLPack or ``__array__``), or ``None``: no array."""
+    """``"torch"``, ``"numpy"``, ``"jax"`` (others with DLPack or ``__array__``), or ``None``: no array. Of a
+    shard, that of its memory."""
+    if isinstance(value, Shard):
+        return kind(value.local)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         return "torch"
@@ -66,7 +71,9 @@ def kind(value: Any) -> str | None:
 
 
 def refusal(value: Any) -> str | None:
-    """Why the array ``value`` cannot be saved; ``None`` if it can."""
+    """Why the array or shard ``value`` cannot be saved; ``None`` if it can."""
+    if isinstance(value, Shard):
+        return refusal(value.local)
     if kind(value) == "torch":
         reason = _torch_refusal(value)
         if reason is not None:
@@ -81,7 +88,7 @@ def refusal(value: Any) -> str | None:
 def _torch_refusal(tensor: Any) -> str | None:
     torch = sys.modules["torch"]
     if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
-        return "a sharded tensor (DTensor) cannot be saved yet: save the local shard (tensor.to_local())"
+        return "a sharded tensor (DTensor) cannot be saved yet: give its local shard as Shard.at(tensor.to_local(), …)"
     if tensor.is_quantized:
         return "a quantized tensor has no exact array form: save int_repr(), scale and zero point"
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -94,7 +101,10 @@ def _torch_refusal(tensor: Any) -> str | None:
 
 
 def describe(value: Any) -> tuple[str, tuple[int, ...]]:
-    """``(data type name, shape)``; ``KeyError`` with the name of a data type that cannot be saved."""
+    """``(data type name, shape)``, of a shard the whole array's; ``KeyError`` with the name of a data type that
+    cannot be saved."""
+    if isinstance(value, Shard):
+        return describe(value.local)[0], value.shape
     shape = tuple(int(size) for size in value.shape)
     if kind(value) == "torch":
         name = str(value.dtype).removeprefix("torch.")
@@ -116,6 +126,9 @@ def identity(value: Any) -> tuple[Any, ...] | None:
 
     ``None`` where that cannot be known (then the array is simply saved on its own) or there are no bytes.
     """
+    if isinstance(value, Shard):
+        local = identity(value.local)
+        return None if local is None else (*local, value.shape, value.boxes)
     name, shape = describe(value)
     match kind(value):
         case "torch":
@@ -128,6 +141,11 @@ def identity(value: Any) -> tuple[Any, ...] | None:
             return ("cpu", value.__array_interface__["data"][0], value.strides, name, shape)
         case _:
             return None
+
+
+def pieces(value: Any) -> list[AnyArray]:
+    """What this rank holds of an array, in ``carrier`` type: one NumPy view a box (``ArraySpec.boxes``)."""
+    return value.views(raw(value.local)) if isinstance(value, Shard) else [raw(value)]
 
 
 def raw(value: Any) -> AnyArray:

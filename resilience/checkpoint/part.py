@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from resilience.checkpoint import arrays as _arrays
-from resilience.checkpoint.plan import ALIGN, CRC_BYTES, Plan, chunk_grid, stored_name
+from resilience.checkpoint.box import Box
+from resilience.checkpoint.plan import ALIGN, CRC_BYTES, Plan, Scope, grid_of, stored_name
 from resilience.errors import CorruptError, InvalidError
 
 VERSION = 1
@@ -26,20 +27,22 @@ class PartArray:
     """An array of the rank's state, whether its bytes are in this pack or in another rank's.
 
     Attributes:
-        name: in the checkpoint; ``rank-<r>/<key>`` unless replicated.
-        grid: shape of a full chunk.
+        name: in the checkpoint; ``rank-<r>/<key>`` if it is the rank's own.
+        shape: of the whole array.
+        grid: shape of a full chunk; ``None``: the chunks keep to no grid, and are as large as their boxes.
+        scope: whose it is.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    grid: tuple[int, ...]
-    replicated: bool
+    grid: tuple[int, ...] | None
+    scope: Scope
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a full chunk's payload."""
-        return math.prod(self.grid) * _arrays.numpy_dtype(self.dtype).itemsize
+    def payload(self, box: Box) -> int:
+        """Bytes of the payload of the chunk that holds ``box``."""
+        count = box.count if self.grid is None else math.prod(self.grid)
+        return count * _arrays.numpy_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class PartChunk:
     offset: int
     length: int
     crc32c: int = -1
+
+    @property
+    def box(self) -> Box:
+        return Box(self.box_offset, self.box_shape)
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class Part:
 
     def key(self, array: PartArray) -> str:
         """The array's name in the rank's own state."""
-        return array.name if array.replicated else array.name.removeprefix(f"rank-{self.rank}/")
+        return array.name.removeprefix(f"rank-{self.rank}/") if array.scope is Scope.RANK else array.name
 
     def with_crcs(self, crcs: list[int]) -> Part:
         """The part with the CRC32C of each chunk filled in, in the order of ``chunks``."""
@@ -111,7 +118,10 @@ class Part:
             "world_size": self.world_size,
             "size": self.size,
             "plan_hash": self.plan_hash,
-            "arrays": [[a.name, a.dtype, list(a.shape), list(a.grid), a.replicated] for a in self.arrays],
+            "arrays": [
+                [a.name, a.dtype, list(a.shape), None if a.grid is None else list(a.grid), a.scope.value]
+                for a in self.arrays
+            ],
             "chunks": [
                 [c.array, list(c.box_offset), list(c.box_shape), c.offset, c.length, c.crc32c]
                 for c in self.chunks
@@ -140,8 +150,10 @@ class Part:
             size=int(data["size"]),
             plan_hash=str(data["plan_hash"]),
             arrays=tuple(
-                PartArray(str(name), str(dtype), tuple(shape), tuple(grid), bool(replicated))
-                for name, dtype, shape, grid, replicated in data["arrays"]
+                PartArray(
+                    str(name), str(dtype), tuple(shape), None if grid is None else tuple(grid), Scope(scope)
+                )
+                for name, dtype, shape, grid, scope in data["arrays"]
             ),
             chunks=tuple(
                 PartChunk(int(array), tuple(start), tuple(shape), int(offset), int(length), int(crc))
@@ -177,7 +189,8 @@ class Part:
         if not 0 <= self.rank < self.world_size or self.size < ALIGN or self.size % ALIGN:
             raise ValueError(f"rank {self.rank} of {self.world_size} with a pack of {self.size} bytes")
         for array in self.arrays:
-            if len(array.grid) != len(array.shape) or min((*array.grid, *array.shape, 1)) < 0:
+            grid = array.shape if array.grid is None else array.grid
+            if len(grid) != len(array.shape) or min((*grid, *array.shape, 1)) < 0:
                 raise ValueError(f"array {array.name} of shape {array.shape} in chunks of {array.grid}")
             _arrays.numpy_dtype(array.dtype)
         end = 0
@@ -185,27 +198,32 @@ class Part:
             if not 0 <= chunk.array < len(self.arrays):
                 raise ValueError(f"a chunk of array number {chunk.array}")
             array = self.arrays[chunk.array]
-            if chunk.offset < end or chunk.offset % ALIGN or chunk.length != array.chunk_bytes:
+            if chunk.offset < end or chunk.offset % ALIGN or chunk.length != array.payload(chunk.box):
                 raise ValueError(f"chunk of {array.name} at {chunk.offset}, {chunk.length} bytes")
-            sides = zip(chunk.box_offset, chunk.box_shape, array.grid, array.shape, strict=True)
-            if any(o % g or s != min(g, n - o) or s < 1 for o, s, g, n in sides):
+            if not _fits(chunk.box, array):
                 raise ValueError(f"chunk of {array.name} holds {chunk.box_shape} at {chunk.box_offset}")
             end = chunk.offset + chunk.length + CRC_BYTES
         if end > self.size:
             raise ValueError(f"chunks end at {end} in a pack of {self.size} bytes")
 
 
+def _fits(box: Box, array: PartArray) -> bool:
+    if min((*box.offset, 0)) < 0 or not Box.whole(array.shape).holds(box) or not box.count:
+        return False
+    if array.grid is None:
+        return True
+    sides = zip(box.offset, box.shape, array.grid, array.shape, strict=True)
+    return all(o % g == 0 and s == min(g, n - o) for o, s, g, n in sides)
+
+
 def draft(plan: Plan, skeleton: Any, *, run: str, step: int, generation: int) -> Part:
     """The part of a snapshot that has not been persisted yet: all but the CRCs."""
     arrays: list[PartArray] = []
     numbers = {}
-    grids = {chunk.array: chunk.grid for chunk in plan.chunks}
     for spec in plan.arrays:
-        name = stored_name(spec.name, replicated=spec.replicated, rank=plan.rank)
-        itemsize = _arrays.numpy_dtype(spec.dtype).itemsize
-        grid = grids.get(name) or chunk_grid(spec.shape, itemsize, plan.chunk_bytes)
+        name = stored_name(spec.name, spec.scope, rank=plan.rank)
         numbers[name] = len(arrays)
-        arrays.append(PartArray(name, spec.dtype, spec.shape, grid, spec.replicated))
+        arrays.append(PartArray(name, spec.dtype, spec.shape, grid_of(spec, plan.chunk_bytes), spec.scope))
     chunks = (
         PartChunk(numbers[chunk.array], chunk.box_offset, chunk.box_shape, chunk.offset, chunk.length)
         for chunk in plan.chunks

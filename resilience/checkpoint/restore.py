@@ -17,15 +17,17 @@ import numpy as np
 
 from resilience.checkpoint import arrays as _arrays
 from resilience.checkpoint.arrays import AnyArray
+from resilience.checkpoint.box import Box, missing
 from resilience.checkpoint.pack import check_chunk, check_size, read_range
 from resilience.checkpoint.part import Part, PartArray, PartChunk, sha256
-from resilience.checkpoint.plan import CRC_BYTES, boxes
+from resilience.checkpoint.plan import CRC_BYTES, Scope
 from resilience.errors import CorruptError, InvalidError
 from storage_backends import open_storage
 from storage_backends.base import Storage
 
 _GAP = 1 << 20  # bytes nobody asked for that are read along rather than asking twice
 _BLOCK = 64 << 20  # bytes asked for at once
+_Place = tuple[str, tuple[int, ...], tuple[int, ...]]  # array, box
 _HINT = "restore an older checkpoint; `resilience verify` lists the damaged ones"
 
 
@@ -94,7 +96,7 @@ def restore(
             name: np.empty(array.shape, _arrays.numpy_dtype(array.dtype)) for name, array in wanted.items()
         }
         reads: list[tuple[Source, Part, list[PartChunk]]] = []
-        seen: set[tuple[str, tuple[int, ...]]] = set()
+        seen: set[_Place] = set()
         for source, part in sorted(zip(sources, parts, strict=True), key=lambda it: it[1].rank):
             needed = _needed(part, wanted, seen)
             if needed:
@@ -154,7 +156,7 @@ def _own(parts: Sequence[Part], rank: int, world_size: int) -> Part:
     if world_size == saved:
         return next(part for part in parts if part.rank == rank)
     # The seam of resharding: today only state that no rank has for itself can be read by another world.
-    local = [array.name for part in parts for array in part.arrays if not array.replicated]
+    local = [array.name for part in parts for array in part.arrays if array.scope is Scope.RANK]
     if local:
         shown = ", ".join(local[:5]) + (f" and {len(local) - 5} more" if len(local) > 5 else "")
         problem = f"these arrays belong to single ranks: {shown}"
@@ -171,9 +173,7 @@ def _own(parts: Sequence[Part], rank: int, world_size: int) -> Part:
     )
 
 
-def _needed(
-    part: Part, wanted: Mapping[str, PartArray], seen: set[tuple[str, tuple[int, ...]]]
-) -> list[PartChunk]:
+def _needed(part: Part, wanted: Mapping[str, PartArray], seen: set[_Place]) -> list[PartChunk]:
     """The chunks of ``part`` to read. Adds their places to ``seen``; a place may be filled only once."""
     needed = []
     for chunk in part.chunks:
@@ -184,7 +184,7 @@ def _needed(
         if mine != array:
             problem = f"has {array.name} as {array.dtype}{list(array.shape)}, others as "
             raise _corrupt(part.name, f"{problem}{mine.dtype}{list(mine.shape)}", 0, None)
-        place = (array.name, chunk.box_offset)
+        place = (array.name, chunk.box_offset, chunk.box_shape)
         if place in seen:
             raise _corrupt(part.name, f"has {array.name} at {chunk.box_offset} a second time", 0, None)
         seen.add(place)
@@ -192,13 +192,15 @@ def _needed(
     return needed
 
 
-def _check_coverage(seen: set[tuple[str, tuple[int, ...]]], own: Part) -> None:
+def _check_coverage(seen: set[_Place], own: Part) -> None:
     """``CorruptError`` unless every chunk of every array is somewhere."""
     for array in own.arrays:
-        for place, shape in boxes(array.shape, array.grid):
-            if (array.name, place) not in seen:
-                hole = f"{array.name} lacks the box of shape {list(shape)} at {list(place)}"
-                raise _corrupt(own.directory, f"is not whole: {hole}", None, None)
+        held = [Box(offset, shape) for name, offset, shape in seen if name == array.name]
+        for hole in missing(Box.whole(array.shape), held):
+            problem = (
+                f"is not whole: {array.name} lacks the box of shape {list(hole.shape)} at {list(hole.offset)}"
+            )
+            raise _corrupt(own.directory, problem, None, None)
 
 
 def _coalesce(chunks: list[PartChunk]) -> Iterator[list[PartChunk]]:
@@ -224,10 +226,10 @@ def _read(source: Source, part: Part, chunks: list[PartChunk], arrays: Mapping[s
     for chunk in chunks:
         array = part.arrays[chunk.array]
         carrier = _arrays.carrier(array.dtype)
-        count = math.prod(chunk.box_shape)
-        box = np.frombuffer(block, carrier, count, chunk.offset - start).reshape(chunk.box_shape)
-        sides = zip(chunk.box_offset, chunk.box_shape, strict=True)
-        arrays[array.name].view(carrier)[tuple(slice(o, o + n) for o, n in sides)] = box
+        full = chunk.box_shape if array.grid is None else array.grid
+        payload = np.frombuffer(block, carrier, math.prod(full), chunk.offset - start).reshape(full)
+        target = arrays[array.name].view(carrier)
+        target[chunk.box.slices(Box.whole(array.shape)) or ...] = payload[tuple(map(slice, chunk.box_shape))]
 
 
 def _corrupt(path: str, problem: str, start: int | None, end: int | None) -> CorruptError:

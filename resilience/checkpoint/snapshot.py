@@ -18,6 +18,7 @@ import numpy as np
 from resilience.checkpoint import arrays as _arrays
 from resilience.checkpoint.arena import Arena
 from resilience.checkpoint.arrays import AnyArray
+from resilience.checkpoint.box import Box
 from resilience.checkpoint.plan import ArraySpec, Chunk, Plan, specs
 from resilience.errors import ExhaustedError, InvalidError
 
@@ -42,18 +43,21 @@ class Snapshot:
     seconds: float
 
 
-def specs_of(arrays: Mapping[str, Any], objects: Mapping[str, Any]) -> tuple[ArraySpec, ...]:
+def specs_of(
+    arrays: Mapping[str, Any], objects: Mapping[str, Any], *, rank: int = 0
+) -> tuple[ArraySpec, ...]:
     """Specs of the arrays of a state, with those marked replicated that every rank holds alike.
 
     Args:
         arrays: by key, as ``tree.flatten`` returned them for ``{name: fit.capture(object)}``.
         objects: the tracked objects by name.
+        rank: this one.
     """
     if "torch" not in sys.modules:
-        return specs(arrays)
+        return specs(arrays, rank=rank)
     from resilience.integrations.torch import replicated_names
 
-    return specs(arrays, replicated_names(objects))
+    return specs(arrays, replicated_names(objects), rank=rank)
 
 
 def snapshot(
@@ -100,9 +104,11 @@ def snapshot(
     return Snapshot(slot, step, generation, plan, plan.size, clock() - begun)
 
 
-def _sources(arrays: Mapping[str, Any], plan: Plan) -> dict[str, AnyArray]:
-    """The planned arrays as NumPy, looked up anew on every save: a pointer kept from the last goes stale."""
-    sources: dict[str, AnyArray] = {}
+def _sources(arrays: Mapping[str, Any], plan: Plan) -> dict[str, list[AnyArray]]:
+    """The planned arrays as NumPy, a view for each box that this rank holds, looked up anew on every save: a
+    pointer kept from the last goes stale."""
+    boxes = {spec.name: spec.boxes for spec in plan.arrays}
+    sources: dict[str, list[AnyArray]] = {}
     for chunk in plan.chunks:
         if chunk.key in sources:
             continue
@@ -111,7 +117,10 @@ def _sources(arrays: Mapping[str, Any], plan: Plan) -> dict[str, AnyArray]:
         dtype, shape = _arrays.describe(arrays[chunk.key])
         if (dtype, shape) != (chunk.dtype, chunk.shape):
             raise _mismatch(chunk, f"is {dtype}{list(shape)} now")
-        sources[chunk.key] = _arrays.raw(arrays[chunk.key])
+        sources[chunk.key] = _arrays.pieces(arrays[chunk.key])
+        held = tuple(box.shape for box in boxes[chunk.key])
+        if tuple(piece.shape for piece in sources[chunk.key]) != held:
+            raise _mismatch(chunk, "holds other boxes now")
     return sources
 
 
@@ -124,23 +133,32 @@ def _mismatch(chunk: Chunk, problem: str) -> InvalidError:
     )
 
 
-def _fill(target: AnyArray, sources: Mapping[str, AnyArray], plan: Plan, threads: int) -> None:
+def _fill(target: AnyArray, sources: Mapping[str, list[AnyArray]], plan: Plan, threads: int) -> None:
+    within = {spec.name: spec.boxes for spec in plan.arrays}
+
+    def copy(chunk: Chunk) -> None:
+        _copy(target, sources[chunk.key][chunk.piece], within[chunk.key][chunk.piece], chunk)
+
     if not plan.chunks:
         target[: plan.size] = 0
     if threads <= 1 or plan.size <= _ALONE:
         for chunk in plan.chunks:
-            _copy(target, sources[chunk.key], chunk)
+            copy(chunk)
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="snapshot") as pool:
         # NumPy lets go of the interpreter while it copies, so threads do copy at the same time.
-        for done in pool.map(lambda chunk: _copy(target, sources[chunk.key], chunk), plan.chunks):
+        for done in pool.map(copy, plan.chunks):
             assert done is None
 
 
-def _copy(target: AnyArray, source: AnyArray, chunk: Chunk) -> None:
-    where = tuple(slice(o, o + n) for o, n in zip(chunk.box_offset, chunk.box_shape, strict=True))
+def _copy(target: AnyArray, source: AnyArray, held: Box, chunk: Chunk) -> None:
+    """Copy a chunk out of ``source``, which holds the box ``held``."""
+    where = chunk.box.slices(held)
     box = source[where] if where else source
-    end = chunk.offset + box.size * box.itemsize
-    np.copyto(target[chunk.offset : end].view(source.dtype).reshape(chunk.box_shape), box)
-    # Padding, CRC and the gap to the next chunk: a slot is used again, and old bytes must not come along.
-    target[end : chunk.end] = 0
+    payload = target[chunk.offset : chunk.offset + chunk.length]
+    if box.size * box.itemsize < chunk.length:  # the array ends inside the chunk: the rest of it is zeros
+        payload[:] = 0
+    corner = (..., *map(slice, chunk.box_shape))  # with the ellipsis a scalar stays an array
+    np.copyto(payload.view(source.dtype).reshape(chunk.grid or chunk.box_shape)[corner], box)
+    # CRC and the gap to the next chunk: a slot is used again, and old bytes must not come along.
+    target[chunk.offset + chunk.length : chunk.end] = 0

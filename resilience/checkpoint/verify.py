@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from resilience.checkpoint.box import Box, missing
 from resilience.checkpoint.pack import check_chunk, check_size, read_range
 from resilience.checkpoint.part import Part
-from resilience.checkpoint.plan import CRC_BYTES, boxes
+from resilience.checkpoint.plan import CRC_BYTES
 from resilience.checkpoint.restore import Source, check_together, load_part
 from resilience.checkpoint.zarr_view import METADATA, REFERENCES, zarr_metadata
 from resilience.errors import CorruptError
@@ -114,17 +115,19 @@ def _dirty(part: Part, gap: bytes, start: int) -> CorruptError | None:
 
 
 def _holes(parts: Sequence[Part]) -> Iterator[CorruptError]:
-    there = {(part.arrays[chunk.array].name, chunk.box_offset) for part in parts for chunk in part.chunks}
+    there: dict[str, list[Box]] = {}
+    for part in parts:
+        for chunk in part.chunks:
+            there.setdefault(part.arrays[chunk.array].name, []).append(chunk.box)
     arrays = {array.name: array for part in parts for array in part.arrays}
     for array in arrays.values():
-        for place, _ in boxes(array.shape, array.grid):
-            if (array.name, place) not in there:
-                yield CorruptError(
-                    f"{array.name} lacks its chunk at {list(place)}: it is in no pack",
-                    operation="verify",
-                    path=parts[0].directory,
-                    hint=_HINT,
-                )
+        for hole in missing(Box.whole(array.shape), there.get(array.name, ())):
+            yield CorruptError(
+                f"{array.name} lacks the box of shape {list(hole.shape)} at {list(hole.offset)}: it is in no pack",
+                operation="verify",
+                path=parts[0].directory,
+                hint=_HINT,
+            )
 
 
 def _zarr(source: Source, parts: Sequence[Part]) -> Iterator[CorruptError]:

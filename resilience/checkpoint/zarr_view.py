@@ -88,6 +88,8 @@ def chunk_places(parts: Sequence[Part]) -> dict[str, Place]:
     for part in parts:
         for chunk in part.chunks:
             array = part.arrays[chunk.array]
+            if array.grid is None:
+                continue
             index = [o // g for o, g in zip(chunk.box_offset, array.grid, strict=True)]
             suffix = "/".join(["c", *map(str, index)])
             place = Place(part.rank, chunk.offset, chunk.length, chunk.crc32c)
@@ -97,11 +99,11 @@ def chunk_places(parts: Sequence[Part]) -> dict[str, Place]:
 
 
 def _arrays_of(parts: Sequence[Part]) -> dict[str, PartArray]:
-    """All arrays by name, those included that are other names of the same bytes (tied weights)."""
+    """All arrays of regular chunks by name, those included that are other names of the same bytes (tied weights)."""
     found = {array.name: array for part in parts for array in part.arrays}
     for name, others in _aliases(parts).items():
         found.update(dict.fromkeys(others, found[name]))
-    return found
+    return {name: array for name, array in found.items() if array.grid is not None}
 
 
 def _aliases(parts: Sequence[Part]) -> dict[str, list[str]]:
@@ -111,7 +113,7 @@ def _aliases(parts: Sequence[Part]) -> dict[str, list[str]]:
         arrays = {part.key(array): array for array in part.arrays}
         for key, alias in _tied(part):
             array = arrays[key]
-            name = stored_name(alias, replicated=array.replicated, rank=part.rank)
+            name = stored_name(alias, array.scope, rank=part.rank)
             names = found.setdefault(array.name, [])
             if name not in names:
                 names.append(name)
@@ -125,6 +127,7 @@ def _tied(part: Part) -> Iterator[tuple[str, str]]:
 
 
 def _array_metadata(array: PartArray) -> dict[str, Any]:
+    assert array.grid is not None
     dtype = _arrays.numpy_dtype(array.dtype)
     fill: Any = 0 if dtype.kind in "iu" else 0.0
     if dtype.kind == "b":

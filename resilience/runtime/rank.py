@@ -251,7 +251,9 @@ class RankHost:
             self._flush()  # what was logged up to a checkpoint is as safe as the checkpoint
             self._reach("snapshot.begin", done)
             arrays, skeleton = flatten(capture(), prefix="")
-            layout = plan(specs_of(arrays, objects), rank=self.rank, world_size=self.world_size)
+            layout = plan(
+                specs_of(arrays, objects, rank=self.rank), rank=self.rank, world_size=self.world_size
+            )
             arena = self._fitting_arena(layout)
             slot = self._acquire(arena, done)
             if slot is None:

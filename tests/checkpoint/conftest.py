@@ -44,7 +44,10 @@ def save(storage: Storage) -> Save:
         for rank, state in enumerate(states):
             arrays, skeleton = flatten(state, prefix="")
             layout = plan(
-                specs(arrays, replicated), rank=rank, world_size=len(states), chunk_bytes=chunk_bytes
+                specs(arrays, replicated, rank=rank),
+                rank=rank,
+                world_size=len(states),
+                chunk_bytes=chunk_bytes,
             )
             part = draft(layout, skeleton, run="run-1", step=step, generation=generation)
             with Arena.create(2, layout.size) as arena:
