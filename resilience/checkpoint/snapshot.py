@@ -158,7 +158,7 @@ def _copy(target: AnyArray, source: AnyArray, held: Box, chunk: Chunk) -> None:
     payload = target[chunk.offset : chunk.offset + chunk.length]
     if box.size * box.itemsize < chunk.length:  # the array ends inside the chunk: the rest of it is zeros
         payload[:] = 0
-    corner = (..., *map(slice, chunk.box_shape))  # with the ellipsis a scalar stays an array
+    corner: Any = (..., *map(slice, chunk.box_shape))  # with the ellipsis a scalar stays an array
     np.copyto(payload.view(source.dtype).reshape(chunk.grid or chunk.box_shape)[corner], box)
     # CRC and the gap to the next chunk: a slot is used again, and old bytes must not come along.
     target[chunk.offset + chunk.length : chunk.end] = 0
