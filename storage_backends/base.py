@@ -98,6 +98,12 @@ class Storage(Protocol):
     def size(self, name: str) -> int:
         """Size in bytes."""
 
+    def link(self, source: str, target: str) -> bool:
+        """Give the object ``source`` a second name without moving its bytes through this process: a hard link,
+        or a copy that the store makes itself. ``True``: ``target`` holds the bytes, durably and whole, whatever
+        becomes of ``source``, replacing what was there. ``False``: this store cannot; nothing was done. May run
+        twice. Neither name may be written to afterwards."""
+
     def list(self, prefix: str = "") -> list[str]:
         """Full names of the immediate children of the directory ``prefix``, sorted; a child that is itself a
         directory ends in ``/`` (and may be handed back as it is). Empty when there is no such directory.

@@ -107,6 +107,9 @@ class FaultStorage:
     def size(self, name: str) -> int:
         return self.run("size", name, lambda: self.inner.size(name))
 
+    def link(self, source: str, target: str) -> bool:
+        return self.run("link", target, lambda: self.inner.link(source, target))
+
     def list(self, prefix: str = "") -> list[str]:
         return self.run("list", prefix, lambda: self.inner.list(prefix))
 

@@ -74,6 +74,17 @@ def publish(temporary: str, final: str) -> bool:
     return True
 
 
+def hard_link(source: str, target: str) -> bool:
+    """A second name for a file; ``False`` where the file system has none to give."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return False
+    return stat.S_ISREG(os.lstat(target).st_mode)
+
+
 def _rename_noreplace(temporary: str, final: str) -> bool:
     call: Callable[..., int] | None = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:

@@ -135,6 +135,28 @@ class MemoryStorage:
     def size(self, name: str) -> int:
         return len(self._look("size", name).data)
 
+    def link(self, source: str, target: str) -> bool:
+        inode, path = self._look("link", source), self._path(target)
+        if self.disk.semantics == "object":
+            self.disk.put(path, bytes(inode.data), exclusive=False)
+        else:
+            directory = path.rpartition("/")[0]
+            self.step("make_directory", target)
+            self.disk.make_directory(directory)
+            self.step("sync_parents", target)
+            parent = directory
+            while parent:
+                parent = parent.rpartition("/")[0]
+                self.disk.sync_directory(parent)
+            temporary = f"{directory}/.link.{self.disk.serial()}~".lstrip("/")
+            self.disk.link(self._path(source), temporary)
+            self.step("rename", target)
+            self.disk.rename(temporary, path)
+            self.step("sync_directory", target)
+            self.disk.sync_directory(directory)
+        self.reply("link", target)
+        return True
+
     def list(self, prefix: str = "") -> list[str]:
         prefix = check_directory(prefix)
         self.step("list", prefix)

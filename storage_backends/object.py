@@ -120,6 +120,14 @@ class ObjectStorage:
 
         return self._ask("size", name, look)
 
+    def link(self, source: str, target: str) -> bool:
+        path, copy, fs = self._path(source), self._path(target), self._connect()
+        try:
+            self._ask("link", source, lambda: fs.cp_file(path, copy))
+        except NotImplementedError:
+            return False
+        return True
+
     def list(self, prefix: str = "") -> list[str]:
         prefix = check_directory(prefix)
         fs = self._connect()

@@ -28,7 +28,7 @@ from storage_backends.base import (
     check_range,
     well_formed,
 )
-from storage_backends.files import open_new, publish, sync_directory, sync_file, unlink, write_all
+from storage_backends.files import hard_link, open_new, publish, sync_directory, sync_file, unlink, write_all
 from storage_backends.oserrors import translate
 
 _BUFFER = 8 << 20  # bytes gathered before a write; larger writes go straight to the file
@@ -110,6 +110,25 @@ class PosixStorage:
             return status.st_size
 
         return _looking(path, "size", look)
+
+    def link(self, source: str, target: str) -> bool:
+        origin, final = self._local(source), self._local(target)
+        try:
+            directory, fd, temporary = self._temporary(final)
+            os.close(fd)
+            unlink(temporary)
+            try:
+                if not hard_link(origin, temporary):
+                    return False
+                os.rename(temporary, final)
+            finally:
+                unlink(temporary)  # a rename onto another name of the same file does nothing
+            sync_directory(directory)
+        except FileNotFoundError:
+            raise _absent(origin) from None
+        except OSError as error:
+            raise translate(error, operation="link", path=final) from error
+        return True
 
     def list(self, prefix: str = "") -> list[str]:
         prefix = check_directory(prefix)

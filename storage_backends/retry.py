@@ -119,6 +119,9 @@ class RetryStorage:
     def size(self, name: str) -> int:
         return self._policy.call(lambda: self.inner.size(name))
 
+    def link(self, source: str, target: str) -> bool:
+        return self._policy.call(lambda: self.inner.link(source, target))
+
     def list(self, prefix: str = "") -> list[str]:
         return self._policy.call(lambda: self.inner.list(prefix))
 

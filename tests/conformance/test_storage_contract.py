@@ -326,3 +326,30 @@ def test_close_twice(storage: Storage) -> None:
     storage.create("a", b"1")
     storage.close()
     storage.close()
+
+
+# --- link -------------------------------------------------------------------------------------------------
+
+
+def test_a_link_is_the_same_bytes_and_outlives_the_first_name(storage: Storage) -> None:
+    body = bytes(range(256)) * 64
+    put(storage, "checkpoints/step-1-g1/rank-0.pack", body)
+    assert storage.link("checkpoints/step-1-g1/rank-0.pack", "checkpoints/step-2-g1/rank-0.old.pack")
+    assert storage.link("checkpoints/step-1-g1/rank-0.pack", "checkpoints/step-2-g1/rank-0.old.pack"), "twice"
+    assert storage.list("checkpoints/step-2-g1") == ["checkpoints/step-2-g1/rank-0.old.pack"]
+    storage.delete_all("checkpoints/step-1-g1")
+    assert storage.read("checkpoints/step-2-g1/rank-0.old.pack") == body
+    assert storage.size("checkpoints/step-2-g1/rank-0.old.pack") == len(body)
+
+
+def test_a_link_replaces(storage: Storage) -> None:
+    put(storage, "a", b"one")
+    put(storage, "b", b"two")
+    assert storage.link("a", "b")
+    assert storage.read("b") == b"one"
+
+
+def test_a_link_to_nothing_says_so(storage: Storage) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.link("nothing", "a")
+    assert storage.list() == []
