@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from resilience.errors import CorruptError, InvalidError
 
 VERSION = 1
 _FORMAT = "resilience-part"
+_LINK = re.compile(r"rank-\d+\.from-step-\d+-g\d+\.pack")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class PartArray:
 
 @dataclass(frozen=True)
 class PartChunk:
-    """A chunk in the pack. ``array`` is an index; ``crc32c`` is of the payload, -1 in a draft."""
+    """A chunk. ``array`` is an index; ``crc32c`` is of the payload, -1 in a draft; ``pack`` says which file holds
+    it: 0 the rank's own pack, n the part's n-th link."""
 
     array: int
     box_offset: tuple[int, ...]
@@ -55,6 +58,7 @@ class PartChunk:
     offset: int
     length: int
     crc32c: int = -1
+    pack: int = 0
 
     @property
     def box(self) -> Box:
@@ -62,15 +66,29 @@ class PartChunk:
 
 
 @dataclass(frozen=True)
+class Link:
+    """An older pack of the rank, under a second name in this checkpoint's directory, for what has not changed.
+
+    Attributes:
+        name: of the file in the directory: ``rank-<r>.from-step-<step>-g<generation>.pack``.
+        size: bytes of it.
+    """
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Part:
-    """The manifest of one pack.
+    """The manifest of one rank's share of a checkpoint: its pack, and what it has in older ones.
 
     Attributes:
         size: bytes of the pack.
         plan_hash: equal in all parts of a checkpoint (see ``Plan.hash``).
         arrays: all arrays of the rank's state.
-        chunks: those in this pack, by ascending offset.
+        chunks: those this rank wrote, by pack and ascending offset.
         state: the skeleton (see ``tree``) of the rank's state.
+        links: older packs that hold some of the chunks.
     """
 
     run: str
@@ -84,6 +102,7 @@ class Part:
     chunks: tuple[PartChunk, ...]
     state: Any
     version: int = VERSION
+    links: tuple[Link, ...] = ()
 
     @property
     def directory(self) -> str:
@@ -96,6 +115,18 @@ class Part:
     @property
     def name(self) -> str:
         return part_name(self.directory, self.rank)
+
+    @property
+    def packs(self) -> tuple[tuple[str, int], ...]:
+        """Object name and size of every file that holds chunks of this part: its own pack, then the links."""
+        return (
+            (self.pack_name, self.size),
+            *((f"{self.directory}/{link.name}", link.size) for link in self.links),
+        )
+
+    def pack_of(self, chunk: PartChunk) -> str:
+        """Object name of the file that holds ``chunk``."""
+        return f"{self.directory}/{self.links[chunk.pack - 1].name}" if chunk.pack else self.pack_name
 
     def key(self, array: PartArray) -> str:
         """The array's name in the rank's own state."""
@@ -124,9 +155,11 @@ class Part:
             ],
             "chunks": [
                 [c.array, list(c.box_offset), list(c.box_shape), c.offset, c.length, c.crc32c]
+                + ([c.pack] if c.pack else [])
                 for c in self.chunks
             ],
             "state": self.state,
+            **({"links": [[link.name, link.size] for link in self.links]} if self.links else {}),
         }
 
     @classmethod
@@ -156,11 +189,20 @@ class Part:
                 for name, dtype, shape, grid, scope in data["arrays"]
             ),
             chunks=tuple(
-                PartChunk(int(array), tuple(start), tuple(shape), int(offset), int(length), int(crc))
-                for array, start, shape, offset, length, crc in data["chunks"]
+                PartChunk(
+                    int(array),
+                    tuple(start),
+                    tuple(shape),
+                    int(offset),
+                    int(length),
+                    int(crc),
+                    *map(int, pack),
+                )
+                for array, start, shape, offset, length, crc, *pack in data["chunks"]
             ),
             state=data["state"],
             version=int(data["version"]),
+            links=tuple(Link(str(name), int(size)) for name, size in data.get("links", ())),
         )
         part.check()
         return part
@@ -193,8 +235,15 @@ class Part:
             if len(grid) != len(array.shape) or min((*grid, *array.shape, 1)) < 0:
                 raise ValueError(f"array {array.name} of shape {array.shape} in chunks of {array.grid}")
             _arrays.numpy_dtype(array.dtype)
-        end = 0
+        for link in self.links:
+            if not _LINK.fullmatch(link.name) or link.size < ALIGN:
+                raise ValueError(f"a link {link.name!r} of {link.size} bytes")
+        end, pack = 0, 0
         for chunk in self.chunks:
+            if not pack <= chunk.pack <= len(self.links):
+                raise ValueError(f"a chunk in pack {chunk.pack} after one in {pack}")
+            if chunk.pack != pack:
+                end, pack = 0, chunk.pack
             if not 0 <= chunk.array < len(self.arrays):
                 raise ValueError(f"a chunk of array number {chunk.array}")
             array = self.arrays[chunk.array]
@@ -203,8 +252,8 @@ class Part:
             if not _fits(chunk.box, array):
                 raise ValueError(f"chunk of {array.name} holds {chunk.box_shape} at {chunk.box_offset}")
             end = chunk.offset + chunk.length + CRC_BYTES
-        if end > self.size:
-            raise ValueError(f"chunks end at {end} in a pack of {self.size} bytes")
+            if end > self.packs[pack][1]:
+                raise ValueError(f"a chunk ends at {end} in a pack of {self.packs[pack][1]} bytes")
 
 
 def _fits(box: Box, array: PartArray) -> bool:
@@ -249,6 +298,11 @@ def directory(step: int, generation: int) -> str:
 
 def pack_name(directory: str, rank: int) -> str:
     return f"{directory}/rank-{rank}.pack"
+
+
+def link_name(rank: int, step: int, generation: int) -> str:
+    """The second name of ``rank``'s pack of another checkpoint."""
+    return f"rank-{rank}.from-step-{step}-g{generation}.pack"
 
 
 def part_name(directory: str, rank: int) -> str:
