@@ -137,12 +137,22 @@ def quiet_s(policy: Policy, pages: Pages) -> float:
 
 
 def suspect(policy: Policy, pages: Pages, now: float) -> bool:
-    """Whether nobody has moved for too long."""
-    return now - pages.moved_at > policy.hang_floor_s and (
-        now - pages.moved_at > quiet_s(policy, pages)
+    """Whether nobody has moved for too long, and every node has said so: where reports are late, be it that the
+    supervisor itself stood still, nothing is known of the ranks."""
+    if now - pages.moved_at <= policy.hang_floor_s:
+        return False
+    still_s = min(now, _heard_at(pages)) - pages.moved_at
+    return still_s > policy.hang_floor_s and (
+        still_s > quiet_s(policy, pages)
         # A stopped process needs no guess at how long a step may be. Looked for only in a long silence.
-        or (now - pages.moved_at > policy.hang_factor * pages.longest_s and bool(stopped(pages)))
+        or (still_s > policy.hang_factor * pages.longest_s and bool(stopped(pages)))
     )
+
+
+def _heard_at(pages: Pages) -> float:
+    """The oldest of the nodes' newest reports; nodes whose ranks have all finished have nothing more to report."""
+    running = (held for held in pages.pages if held and any(rank not in pages.finished for rank in held[1]))
+    return min((at for at, _ranks in running), default=math.inf)
 
 
 def stopped(pages: Pages) -> tuple[int, ...]:

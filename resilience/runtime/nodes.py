@@ -24,6 +24,7 @@ from storage_backends import child
 
 NODE_LABEL = "resilience.io/node"
 LEVEL_LABEL = "resilience.io/{}"
+_LATE_S = 2.0  # a look that comes so late has heard nobody meanwhile: it was us who stood still
 SILENCE_S = 10.0  # a dead agent is seen at once; this is for one that is stopped or cut off
 _LOOK_EVERY_S = 0.5
 _CLOSE_S = 15.0
@@ -42,6 +43,7 @@ class Member:
     last_seen: float
     enlisted: float
     ready: bool = False
+    excused_s: float = 0.0  # of its silence: we did not listen
 
 
 class Nodes:
@@ -96,7 +98,7 @@ class Nodes:
             member = self._members.get(name)
             if member is None:
                 return False
-            member.last_seen = time.monotonic()
+            member.last_seen, member.excused_s = time.monotonic(), 0.0
             return True
 
     def ready(self, name: str) -> Node | None:
@@ -138,10 +140,14 @@ class Nodes:
             self._broken(traceback.format_exc())
 
     def _look_after(self) -> None:
+        looked = time.monotonic()
         next_look = 0.0
         while not self._closing.is_set():
-            if time.monotonic() >= next_look:
-                next_look = time.monotonic() + _LOOK_EVERY_S
+            now = time.monotonic()
+            self._excuse(now - looked)
+            looked = now
+            if now >= next_look:
+                next_look = now + _LOOK_EVERY_S
                 alive = _alive_nodes()
                 if alive is not None:
                     self._recruit(alive)
@@ -226,10 +232,19 @@ class Nodes:
             members = list(self._members.items())
         now = time.monotonic()
         for name, member in members:
+            silent_s = now - member.last_seen - member.excused_s
             if member.ray_id not in alive:
                 self._drop(name, "Ray says that the node died")
-            elif member.ready and now - member.last_seen > SILENCE_S:
-                self._drop(name, f"no report from its agent for {now - member.last_seen:.1f} s")
+            elif member.ready and silent_s > SILENCE_S:
+                self._drop(name, f"no report from its agent for {silent_s:.1f} s")
+
+    def _excuse(self, since_s: float) -> None:
+        """The last look was ``since_s`` ago. If we stood still (a paused machine, a stopped process), what agents
+        said meanwhile has yet to be heard: that is no silence of theirs."""
+        if since_s > _LATE_S:
+            with self._lock:
+                for member in self._members.values():
+                    member.excused_s += since_s
 
     def _drop(self, name: str, reason: str) -> None:
         with self._lock:

@@ -30,6 +30,25 @@ def stepping(p, until, step_s=1.0):
     return p
 
 
+def still(p, at):
+    """Both nodes report at ``at`` that nothing has moved since their report before."""
+    for node, place in p.nodes.items():
+        held = p.pages[place]
+        if held is not None:
+            then, ranks = held
+            aged = {
+                rank: RankProgress(page.step, page.section, page.age_s + at - then, page.state)
+                for rank, page in ranks.items()
+            }
+            p = progress.observe(p, TABLE, node, aged, at)
+    return p
+
+
+def suspected(p, now):
+    """Whether a hang is suspected at ``now``, all nodes having reported just then."""
+    return progress.suspect(POLICY, still(p, now), now)
+
+
 def test_ranks_begin_with_their_first_step():
     p = see(pages(), "n0", 1.0, r0=(-1, 0.5, "start"), r1=(0, 0.1))
     assert p.begun.count == 1
@@ -59,51 +78,67 @@ def test_a_rank_that_finishes_counts_as_begun():
 
 def test_silence_is_suspect_after_the_floor():
     p = stepping(pages(), 20)
-    assert not progress.suspect(POLICY, p, 20.0 + 14.9)
-    assert progress.suspect(POLICY, p, 20.0 + 15.1)
+    assert not suspected(p, 20.0 + 14.9)
+    assert suspected(p, 20.0 + 15.1)
+
+
+def test_a_node_that_has_not_reported_proves_no_silence():
+    p = stepping(pages(), 20)
+    assert not progress.suspect(POLICY, p, 1000.0), "the supervisor stood still: nothing is known since"
+    p = see(p, "n0", 36.0, r0=(20, 16.0), r1=(20, 16.0))
+    assert not progress.suspect(POLICY, p, 36.0), "n1 may have moved"
+    p = see(p, "n1", 36.5, r2=(20, 16.5), r3=(20, 16.5))
+    assert progress.suspect(POLICY, p, 36.5)
+
+
+def test_a_node_whose_ranks_have_finished_need_not_report():
+    p = stepping(pages(), 20)
+    p = progress.finish(progress.finish(p, 0, 20, 20.0), 1, 20, 20.0)
+    p = see(p, "n1", 171.0, r2=(20, 151.0), r3=(20, 151.0))
+    assert progress.suspect(POLICY, p, 171.0)
 
 
 def test_long_steps_get_ten_times_their_length():
     p = stepping(pages(), 20, step_s=4.0)
-    assert not progress.suspect(POLICY, p, 80.0 + 39.0)
-    assert progress.suspect(POLICY, p, 80.0 + 41.0)
+    assert not suspected(p, 80.0 + 39.0)
+    assert suspected(p, 80.0 + 41.0)
 
 
 def test_one_rank_that_moves_is_enough():
     p = see(stepping(pages(), 20), "n1", 40.0, r2=(20, 1.0), r3=(20, 20.0))
-    assert not progress.suspect(POLICY, p, 50.0)
+    assert not suspected(p, 50.0)
 
 
 def test_first_steps_and_named_sections_get_ten_floors():
     p = see(pages(), "n0", 1.0, r0=(0, 0.0))
-    assert not progress.suspect(POLICY, p, 150.0)
-    assert progress.suspect(POLICY, p, 152.0)
+    assert not suspected(p, 150.0)
+    assert suspected(p, 152.0)
     p = see(stepping(pages(), 20), "n0", 21.0, r0=(20, 0.0, "eval"), r1=(20, 0.0))
-    assert not progress.suspect(POLICY, p, 21.0 + 149.0)
-    assert progress.suspect(POLICY, p, 21.0 + 151.0)
+    assert not suspected(p, 21.0 + 149.0)
+    assert suspected(p, 21.0 + 151.0)
     p = see(p, "n0", 30.0, r0=(20, 0.0), r1=(20, 0.0))  # back from it
-    assert progress.suspect(POLICY, p, 30.0 + 16.0)
+    assert suspected(p, 30.0 + 16.0)
 
 
 def test_after_the_loop_nothing_is_suspected():
     p = see(stepping(pages(), 20), "n0", 21.0, r0=(20, 0.0, "end"), r1=(20, 0.0, "end"))
     p = see(progress.finish(p, 3, 20, 21.0), "n1", 21.0, r2=(20, 0.0, "end"), r3=(20, 0.0))
-    assert not progress.suspect(POLICY, p, 1e6)
+    assert not suspected(p, 1e6)
 
 
 def test_ranks_left_behind_in_the_loop_are_suspected_in_the_end():
     """One rank has passed its loop, or returned; the others wait for it in a collective."""
     p = see(stepping(pages(), 20), "n0", 21.0, r0=(20, 0.0, "end"), r1=(20, 0.0))
-    assert not progress.suspect(POLICY, p, 21.0 + 149.0)
-    assert progress.suspect(POLICY, p, 21.0 + 151.0)
+    assert not suspected(p, 21.0 + 149.0)
+    assert suspected(p, 21.0 + 151.0)
     p = progress.finish(stepping(pages(), 20), 0, 20, 21.0)
-    assert not progress.suspect(POLICY, p, 21.0 + 149.0)
-    assert progress.suspect(POLICY, p, 21.0 + 151.0)
+    assert not suspected(p, 21.0 + 149.0)
+    assert suspected(p, 21.0 + 151.0)
 
 
 def test_a_stopped_process_is_blamed_even_in_a_named_section():
     p = see(stepping(pages(), 20), "n1", 40.0, r2=(20, 20.0, "eval"), r3=(20, 20.0, "step", "T"))
-    assert progress.suspect(POLICY, p, 40.0)
+    assert suspected(p, 40.0)
     assert progress.blame(p)[:2] == (3, 1.0)
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -87,6 +88,35 @@ def test_a_stopped_node_that_wakes_after_its_replacement_writes_nothing_that_cou
     assert incident["step_restored"] == 5
 
     assert still == len(first) - 2, "the zombies were there to be woken"
+
+
+def test_a_supervisor_that_stood_still_takes_nobody_for_dead(
+    cluster, driven, chaos, drive, until, records, committed
+):
+    """Stopped for longer than any silence it would suffer, it hears its agents before it judges them."""
+    from resilience.runtime.nodes import SILENCE_S
+
+    job = chaos.options(driven, name=RUN, nvme=None, hang_floor=SILENCE_S)
+    arguments = {"control": str(drive.directory), "steps": 40, "size": SIZE}
+    launch = drive.launch(lambda: job.launch(view="none", **arguments))
+    drive.allow(7)
+    until(lambda: (5, 1, "shared") in committed(chaos.storage, RUN), why="the first checkpoint")
+    fence = next(record for record in records(chaos.storage, RUN) if record.kind == "fence")
+    supervisor = int(fence.body["supervisor"].rpartition("/")[2])
+    began = time.monotonic()
+    os.kill(supervisor, signal.SIGSTOP)
+    try:
+        for second in range(int(SILENCE_S) + 3):  # the ranks go on all the while
+            until(lambda second=second: time.monotonic() > began + second, why="the pause")
+            drive.allow(8 + second)
+            drive.wait_at(8 + second)
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    drive.allow(40)
+    result = launch.result()
+    assert result.finished
+    assert result.incidents == []
+    assert [g["generation"] for g in result.history.generations] == [1]
 
 
 def test_two_launches_of_one_run_at_once_share_it(cluster, driven, chaos, drive, until, records):
