@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from resilience.errors import (
     ExhaustedError,
     FencedError,
     InvalidError,
+    ResilienceError,
     TrainingError,
     UnavailableError,
 )
@@ -236,7 +238,12 @@ def job(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
 
 def load(target: str) -> Job:
-    """The job at ``FILE.py:FUNCTION``; a plain function becomes a job with default options."""
+    """The job at ``FILE.py:FUNCTION``; a plain function becomes a job with default options.
+
+    Raises:
+        InvalidError: there is no such file or function, or it takes no run.
+        TrainingError: the file cannot be imported; their traceback comes first.
+    """
     from resilience.runtime.entry import load_file
 
     file, colon, name = target.rpartition(":")
@@ -244,7 +251,20 @@ def load(target: str) -> Job:
         raise InvalidError(
             f"{target!r} names no function", operation="run", hint="write it as FILE.py:FUNCTION"
         )
-    module = load_file(os.path.abspath(file))
+    path = os.path.abspath(file)
+    try:
+        module = load_file(path)
+    except ResilienceError:
+        raise
+    except (Exception, SystemExit) as error:
+        # Their code, not ours: what they see is their traceback, and none of the frames that led there.
+        raise TrainingError(
+            f"{file} could not be imported: {type(error).__name__}: {error}",
+            original=_their_traceback(error, path),
+            operation="run",
+            path=file,
+            hint=f"python {file} shows the same; a name that is missing may have to be installed",
+        ) from error
     found = getattr(module, name, None)
     if isinstance(found, Job):
         return found
@@ -256,7 +276,15 @@ def load(target: str) -> Job:
             path=file,
             hint=f"its jobs: {', '.join(near) or 'none; decorate one with @resilience.job'}",
         )
-    return Job(found, Options())
+    return job(found)
+
+
+def _their_traceback(error: BaseException, path: str) -> str:
+    """The traceback of an import that failed, from the first frame in the file at ``path`` on."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename != path:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames))
 
 
 def _check_places(root: str, nvme: str | None) -> None:

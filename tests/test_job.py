@@ -288,3 +288,35 @@ def test_a_name_that_is_no_function_is_refused_with_the_jobs_there_are(script):
         assert "train" in raised.value.hint
     with pytest.raises(InvalidError, match="no such file"):
         load(f"{script.parent}/absent.py:train")
+
+
+def test_a_function_that_takes_no_run_is_refused_by_name_too(tmp_path):
+    (tmp_path / "jobs_without_run.py").write_text("def train(): ...\n")
+    with pytest.raises(InvalidError, match=r"train\(\) takes no argument"):
+        load(f"{tmp_path}/jobs_without_run.py:train")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def train(run\n", "SyntaxError: '(' was never closed"),
+        (
+            "import no_such_module_anywhere\n",
+            "ModuleNotFoundError: No module named 'no_such_module_anywhere'",
+        ),
+        ("def f():\n    raise RuntimeError('theirs')\nf()\n", "RuntimeError: theirs"),
+        ("raise SystemExit(3)\n", "SystemExit: 3"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_comes_with_their_traceback_and_none_of_our_frames(
+    tmp_path, text, said
+):
+    script = tmp_path / "broken_job.py"
+    script.write_text(text)
+    with pytest.raises(TrainingError, match="could not be imported") as raised:
+        load(f"{script}:train")
+    original = raised.value.original
+    assert original.rstrip().endswith(said)
+    assert f'File "{script}"' in original
+    assert "importlib" not in original
+    assert "entry.py" not in original
