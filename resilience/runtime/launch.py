@@ -38,7 +38,9 @@ def run_to_end(spec: dict[str, Any], *, show: Callable[[dict[str, Any]], None]) 
     second one ends the run at once with ``KeyboardInterrupt``, or only our watching where others follow it too.
     Nothing else that happens to this process ends the run.
     """
-    with cluster(spec["card"], spec["wanted"]), _Interrupts() as interrupts:
+    with _Interrupts() as interrupts, cluster(spec["card"], spec["wanted"]):
+        if interrupts.count:
+            raise KeyboardInterrupt  # nothing has begun that could be stopped cleanly
         spec = {**spec, "card": spec["card"] or card_kind()}
         supervisor, attached = _supervisor(spec)
         screen = _Screen(show)
@@ -201,6 +203,7 @@ def _quiet_node(card: str) -> str | None:
 
 def _follow(supervisor: Any, screen: _Screen, interrupts: _Interrupts) -> dict[str, Any]:
     asked = False
+    interrupts.watched = True
     while True:
         ended: dict[str, Any] | None = ray.get(supervisor.wait.remote(_VIEW_EVERY_S))
         if ended is not None:
@@ -216,10 +219,15 @@ def _follow(supervisor: Any, screen: _Screen, interrupts: _Interrupts) -> dict[s
 
 
 class _Interrupts:
-    """Counts Ctrl-C instead of raising, while the block runs; leaves signals alone outside the main thread."""
+    """Counts Ctrl-C instead of raising, while the block runs; leaves signals alone outside the main thread.
+
+    An exception in the middle of starting a local cluster would leave processes of Ray's behind. A second Ctrl-C is
+    raised all the same, unless somebody looks at the count (``watched``): starting may take for ever.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.watched = False
         self._before: Any = None
 
     def __enter__(self) -> _Interrupts:
@@ -229,6 +237,8 @@ class _Interrupts:
 
     def _note(self, *_: object) -> None:
         self.count += 1
+        if self.count > 1 and not self.watched:
+            raise KeyboardInterrupt
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
