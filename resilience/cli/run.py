@@ -18,6 +18,8 @@ from resilience.errors import (
     UnavailableError,
 )
 
+_AT_ONCE = "ended at once, without a last checkpoint; the same command goes on from the newest one there is"
+
 
 @click.command("run", epilog="Exit code: 0 finished, 130 interrupted; the others are in docs/cli.md.")
 @click.argument("target", metavar="FILE.py:FUNCTION")
@@ -59,6 +61,12 @@ def run_command(target: str, settings: tuple[str, ...], as_json: bool, **options
     except ResilienceError as error:
         if as_json:
             click.echo(json.dumps({"run": job.name, "result": _result_of(error), "reason": error.message}))
+        raise
+    except KeyboardInterrupt:
+        if as_json:
+            click.echo(json.dumps({"run": job.name, "result": "interrupted", "reason": _AT_ONCE}))
+        else:
+            click.echo(_AT_ONCE, err=True)
         raise
     ended = result.outcome.result.value
     if as_json:

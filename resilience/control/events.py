@@ -255,10 +255,11 @@ class Parked:
 
 @dataclass(frozen=True)
 class StopRequested:
-    """The user asked for a clean end (Ctrl-C, or the API): last checkpoint, then stop."""
+    """The user asked for a clean end (Ctrl-C, or the API): last checkpoint, then stop. ``at_once``: without one."""
 
     at: float
     reason: str = "interrupted"
+    at_once: bool = False
 
 
 @dataclass(frozen=True)

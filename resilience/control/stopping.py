@@ -22,6 +22,9 @@ STEPS = 4.0  # a rank that has not moved for so many of its longest steps will n
 
 def requested(turn: Turn, event: StopRequested) -> None:
     state = turn.state
+    if event.at_once:
+        finish(turn, Outcome(Result.INTERRUPTED, f"{event.reason}: ended at once, without a last checkpoint"))
+        return
     if state.stopping is not None:
         return
     turn.record("stop.requested", {"reason": event.reason}, urgent=True)

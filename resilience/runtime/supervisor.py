@@ -33,6 +33,7 @@ from storage_backends import open_storage
 
 NAMESPACE = "resilience"
 _TICK_S = 0.25
+_ABANDON_S = 120.0  # for everything to end that is ended at once
 _ORPHAN_S = 60.0  # a finished supervisor whose caller never comes for the result ends itself
 
 
@@ -82,7 +83,6 @@ class Supervisor:
         self._collected = threading.Event()
         self._counting = threading.Lock()
         self._followers = 1
-        self._abandoned = False
 
     # Called by the launcher.
 
@@ -135,8 +135,6 @@ class Supervisor:
         if not self._done.wait(timeout):
             return None
         outcome = self._state.outcome
-        if outcome is None and self._abandoned:
-            outcome = Outcome(Result.INTERRUPTED, "ended at once, without a last checkpoint")
         if self._broken is not None or outcome is None:
             outcome = Outcome(
                 Result.UNAVAILABLE, f"the supervisor failed, please report this:\n{self._broken}"
@@ -161,8 +159,11 @@ class Supervisor:
         with self._counting:
             if self._followers > 1:
                 return
-        self._abandoned = True
-        self._wind_down()
+        if self._nodes is None:  # it was never started: there is no loop to end it
+            self._wind_down()
+            return
+        self._events.put(e.StopRequested(time.monotonic(), "interrupted twice (Ctrl-C)", at_once=True))
+        self._done.wait(_ABANDON_S)
 
     def attach(self) -> None:
         """Another launcher follows this run."""
@@ -189,7 +190,7 @@ class Supervisor:
 
     def _supervise(self) -> None:
         ticked = time.monotonic()
-        while self._state.phase is not Phase.DONE and self._broken is None and not self._abandoned:
+        while self._state.phase is not Phase.DONE and self._broken is None:
             try:
                 # Deadlines are judged on ticks only, so a tick comes however busy the queue is.
                 event: e.Event = self._events.get(timeout=max(0.0, ticked + _TICK_S - time.monotonic()))

@@ -155,3 +155,16 @@ def test_a_run_that_ends_before_the_stop_point_is_finished(make_world):
 def test_a_second_request_changes_nothing(make_world):
     world = make_world().run_to_step(23).stop()
     assert world.send(e.StopRequested(world.now)) == ()
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_a_stop_at_once_ends_the_run_and_is_told(make_world, asked_before):
+    world = make_world().run_to_step(23)
+    if asked_before:
+        world.stop()
+    world.send(e.StopRequested(world.now, "twice", at_once=True))
+    assert world.state.phase is Phase.DONE
+    assert world.outcome.result is Result.INTERRUPTED
+    assert "without a last checkpoint" in world.outcome.reason
+    assert world.records("run.finished") and world.records("generation.ended")
+    assert {command.node for command in world.made(c.StopRanks)} == {a.card.node for a in world.state.table}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import resilience
@@ -249,6 +251,91 @@ def test_ctrl_c_of_a_script_stops_cleanly_and_leaves_nothing(tmp_path):
     saved = resilience.open_checkpoint(f"{storage}/ctrl-c")
     assert np.asarray(saved["rank-1/state/n"])[0] == steps
     assert leaks.wait_until_gone("ctrl-c") == []
+
+
+def test_ctrl_c_while_the_cluster_starts_leaves_nothing(tmp_path, until):
+    """The interrupt of a terminal reaches the whole group, at the moment when Ray's own processes have just begun."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), storage=str(tmp_path / "s")))
+    process = start(script)
+
+    def group() -> list[psutil.Process]:
+        found = []
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(each.pid) == process.pid and each.status() != psutil.STATUS_ZOMBIE:
+                    found.append(each)
+        return found
+
+    try:
+        until(lambda: any("raylet" in each.name() for each in group()), why="the raylet")
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+        assert "KeyboardInterrupt" in err
+        assert "END" not in out
+        until(lambda: not group(), timeout=60, why="the end of everything that was started")
+    finally:
+        for left in group():
+            left.kill()
+        process.wait()
+    assert not (tmp_path / "s" / "ctrl-c" / "events").exists(), "no run had begun"
+
+
+def start(script: Path) -> subprocess.Popen[str]:
+    """``script`` in a process group of its own, as a terminal has it, with no cluster to use."""
+    return subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        start_new_session=True,
+    )
+
+
+STANDING = """
+import sys
+sys.path.insert(0, {tests!r})
+from driven import driven
+job = driven.options(storage={storage!r}, name={name!r})
+if __name__ == "__main__":
+    job.launch(view="none", control={control!r}, steps=100)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once_and_history_says_so(tmp_path, drive, until):
+    """The ranks stand still before the stop point, so a clean stop cannot come first."""
+    from chaos import leaks
+
+    storage, name = str(tmp_path / "s"), f"twice-{os.getpid()}"
+    script = tmp_path / "script.py"
+    script.write_text(
+        STANDING.format(
+            tests=str(Path(__file__).parent), storage=storage, name=name, control=str(drive.directory)
+        )
+    )
+    drive.allow(7)
+    process = start(script)
+
+    def asked() -> bool:
+        with resilience.history(storage, run=name) as history:
+            return bool(history.sql("select * from events where type = 'stop.requested'"))
+
+    try:
+        drive.wait_at(7)
+        os.killpg(process.pid, signal.SIGINT)
+        until(asked, why="the first one to be heard")
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert "KeyboardInterrupt" in err
+    history = resilience.history(storage, run=name)
+    (run,) = history.runs
+    assert (run["result"], run["checkpoint_step"]) == ("interrupted", 5)
+    assert "ended at once" in run["reason"]
+    assert leaks.wait_until_gone(name) == []
 
 
 def test_a_killed_launcher_on_a_cluster_of_its_own_leaves_nothing(tmp_path):
