@@ -276,7 +276,8 @@ def load(target: str) -> Job:
             path=file,
             hint=f"its jobs: {', '.join(near) or 'none; decorate one with @resilience.job'}",
         )
-    return job(found)
+    made: Job = job(found)
+    return made
 
 
 def _their_traceback(error: BaseException, path: str) -> str:

@@ -21,6 +21,12 @@ from resilience.errors import ResilienceError
 from storage_backends import Storage
 
 
+_BLOCK = 4 << 20
+_TAIL_BYTES = (
+    64 << 10
+)  # what is looked at for the last lines: a rank may have printed gigabytes, or no line end
+
+
 class Stream(io.FileIO):
     """A rank's stdout or stderr. A disk that takes no more output must not end the training that prints: what it
     refuses is lost, and how much of it, and why, stands in its place as soon as there is room again."""
@@ -85,8 +91,7 @@ class Outputs:
         if not path:
             return ""
         try:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                tail = "".join(deque(file, maxlen=lines))
+            tail = _tail(path, lines)
         except OSError as error:
             return f"[resilience: this output could not be read: {error}]"
         if self._scratch is not None:
@@ -104,8 +109,11 @@ class Outputs:
         assert self._scratch is not None
         name = str(path.relative_to(self._scratch))
         try:
-            with self._storage.sink(name) as sink:
-                sink.write(path.read_bytes() or b"\n")
+            with self._storage.sink(name) as sink, open(path, "rb") as file:
+                block = file.read(_BLOCK) or b"\n"
+                while block:
+                    sink.write(block)
+                    block = file.read(_BLOCK)
         except (ResilienceError, OSError) as error:
             self._warn(f"{name} could not be stored: {error}")
 
@@ -119,3 +127,14 @@ class Outputs:
             self._shipper = None
         if self._own_scratch and self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _tail(path: str, lines: int) -> str:
+    """The last lines of a file, in a time that does not grow with it."""
+    with open(path, "rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES)
+        file.seek(start)
+        found = deque(io.TextIOWrapper(file, encoding="utf-8", errors="replace"), maxlen=lines + 1)
+    if start and len(found) > 1 and len(found) <= lines:
+        found.popleft()  # it began before what was read
+    return "".join(list(found)[-lines:])

@@ -105,3 +105,61 @@ def test_a_directory_that_takes_no_file_raises_for_the_node_to_handle(tmp_path):
     outputs = Outputs(open_storage(str(tmp_path)), None)
     with pytest.raises(OSError):
         outputs.open("g1/rank-0")
+
+
+@pytest.mark.parametrize(
+    ("text", "tail"),
+    [
+        ("x" * 100 + "\n" + "y" * 50 + "\n", ["x" * 100, "y" * 50]),
+        ("a line\n" * 200_000 + "the last but one\nthe last\n", ["the last but one", "the last"]),
+        ("z" * 200_000 + "\nshort\n", ["short"]),
+        ("bar 1\rbar 2\rbar 3", ["bar 2", "bar 3"]),
+    ],
+)
+def test_the_tail_is_whole_lines(tmp_path, text, tail):
+    outputs = Outputs(open_storage(str(tmp_path)), None)
+    path = written(outputs, "g1/rank-0", text)
+    assert outputs.finish(path, 2).splitlines() == tail
+
+
+def test_a_line_without_end_is_told_as_far_as_there_is_room(tmp_path):
+    outputs = Outputs(open_storage(str(tmp_path)), None)
+    told = outputs.finish(written(outputs, "g1/rank-0", "z" * 300_000), 40)
+    assert 1000 < len(told) < 100_000
+    assert set(told) == {"z"}
+
+
+def test_output_is_shipped_in_pieces(tmp_path):
+    """A rank may print more than its node has memory for."""
+
+    class Counting:
+        def __init__(self, inner):
+            self.inner, self.largest = inner, 0
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def sink(self, name):
+            real, outer = self.inner.sink(name), self
+
+            class Sink:
+                def write(self, data):
+                    outer.largest = max(outer.largest, len(data))
+                    real.write(data)
+
+                def __enter__(self):
+                    real.__enter__()
+                    return self
+
+                def __exit__(self, *exc):
+                    real.__exit__(*exc)
+
+            return Sink()
+
+    storage = Counting(open_storage(f"{SHARED}/pieces"))
+    outputs = Outputs(storage, str(tmp_path))
+    text = "0123456789" * 1_000_000
+    outputs.finish(written(outputs, "g1/rank-0", text), 1)
+    outputs.close()
+    assert storage.read("logs/g1/rank-0.log") == text.encode()
+    assert storage.largest <= 4 << 20
