@@ -129,7 +129,9 @@ WITH names AS (
         UNION ALL SELECT run, generation, step_failed FROM incidents
     ) GROUP BY ALL
 ), failures AS (
-    SELECT run, generation, count(*) AS incidents, min(failed_at) AS failed_at FROM incidents GROUP BY ALL
+    SELECT run, generation, count(*) AS incidents, min(failed_at) AS failed_at,
+        arg_max(cause, detected_at) AS cause
+    FROM incidents GROUP BY ALL
 ), recoveries AS (
     SELECT run, recovered_by AS generation, min(recovered_at) AS recovered_at FROM incidents
     WHERE recovered_at IS NOT NULL GROUP BY ALL
@@ -144,7 +146,8 @@ WITH names AS (
              THEN coalesce(t.restored_step, t.wanted_step, 0) END AS start_step,
         t.restore_generation, t.restore_tier, t.attempt_of_incident, t.restored_at,
         coalesce(r.recovered_at, t.restored_at) AS first_step_at,
-        t.ended_at, t.reason, coalesce(t.ended_step, s.reached) AS reached_step,
+        -- what a generation was ended for may be blamed better later: the incident has the last word
+        t.ended_at, coalesce(x.cause, t.reason) AS reason, coalesce(t.ended_step, s.reached) AS reached_step,
         coalesce(x.incidents, 0) AS incidents,
         least(coalesce(x.failed_at, t.ended_at, t.last_event_at), coalesce(t.ended_at, t.last_event_at))
             AS stopped_at,

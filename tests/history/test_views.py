@@ -65,6 +65,9 @@ def test_generations(it: History) -> None:
     # Two saves; each waits for its slowest rank, once, though sealed and two tiers all tell the stall.
     assert first["stall_s"] == pytest.approx(0.05 + 0.03)
     assert second["running_s"] == pytest.approx(7.6 - 5.5)
+    # Why a failed generation ended is what its incident came to, however it was blamed at first.
+    assert first["reason"] == "rank 2 was killed by SIGKILL"
+    assert second["reason"] == "finished"
 
 
 def test_incidents(it: History, build: ModuleType) -> None:
