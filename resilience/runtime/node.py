@@ -175,7 +175,12 @@ class NodeProcesses:
         if kind == "ready":
             self._zygote_ready = self._was_ready = True
             self._deaths = 0
-            self._emit({"t": "ready", "threads": message["threads"]})
+            self._emit({"t": "ready"})
+            if message["threads"] > 1:
+                self._warn(
+                    f"importing the training function started {message['threads'] - 1} thread(s): ranks are forked "
+                    "from there without them, and a lock that one holds stays locked; start them in the function"
+                )
         elif kind == "load_failed":
             self._give_up(message["error"], message["traceback"])
         elif kind == "forked":

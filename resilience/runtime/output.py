@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 from resilience.errors import ResilienceError
 from storage_backends import Storage
 
-
 _BLOCK = 4 << 20
 _TAIL_BYTES = (
     64 << 10

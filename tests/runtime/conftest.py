@@ -69,7 +69,7 @@ class Node:
         self.processes.start()
         return self
 
-    def wait(self, kind: str, timeout: float = 20.0, **matching) -> dict:
+    def wait(self, kind: str, timeout: float = 60.0, **matching) -> dict:
         """The first report of ``kind`` that has these values, seen already or to come."""
         deadline = time.monotonic() + timeout
         checked = 0
@@ -120,7 +120,7 @@ class Node:
     def output(self, rank: int = 0, generation: int = 1) -> str:
         return (self.directory / "shared" / "logs" / f"g{generation}" / f"rank-{rank}.log").read_text()
 
-    def until(self, true, timeout: float = 10.0, what: str = "condition") -> None:
+    def until(self, true, timeout: float = 60.0, what: str = "condition") -> None:
         """Wait for something that no report tells of."""
         deadline = time.monotonic() + timeout
         pause = queue.SimpleQueue()

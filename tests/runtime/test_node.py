@@ -377,3 +377,10 @@ def test_output_that_cannot_be_kept_is_a_warning_and_training_goes_on(tmp_path, 
         "the output of writer-node-0",
         "the output of g1/rank-0",
     ]
+
+
+def test_a_module_that_starts_threads_when_imported_is_told_of(make_node):
+    body = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+    node = make_node(body=body + "def train(run): ...\n")
+    node.wait("ready")
+    assert "started 1 thread(s)" in node.wait("warning")["message"]
