@@ -127,6 +127,9 @@ class TrainingError(ResilienceError):
 
     def __str__(self) -> str:
         parts = [self.original.rstrip(), super().__str__()]
-        if self.output:
-            parts.append(f"last output of rank {self.rank}:\n{self.output.rstrip()}")
+        output = self.output
+        if self.original:  # which the rank has printed too: once is enough
+            output = output.replace(self.original.strip(), "")
+        if output.strip():
+            parts.append(f"last output of rank {self.rank}:\n{output.rstrip()}")
         return "\n".join(part for part in parts if part)

@@ -96,12 +96,13 @@ class Job:
             arguments: keyword arguments of the function, plain JSON values.
 
         Raises:
-            TrainingError: the function raised; the original traceback comes first.
+            TrainingError: the function raised, or what it tracks cannot be saved or does not fit what was saved; the
+                original traceback comes first.
             ExhaustedError: not enough cards by the deadline, or too many failures without progress.
             CorruptError: checkpoints are recorded, but none of them can be restored.
             FencedError: another launch of this run took over.
             UnavailableError: storage or cluster is away.
-            InvalidError: options, arguments, or what was saved does not fit.
+            InvalidError: an option, an argument or the storage cannot be used as it is.
         """
         from resilience.history.live import LiveView
         from resilience.runtime.launch import quiet_ray, run_to_end

@@ -257,6 +257,15 @@ def test_the_users_error_comes_with_its_traceback_first_and_the_ranks_output():
     )
 
 
+def test_a_traceback_that_the_rank_has_printed_too_is_told_once():
+    error = TrainingError("it failed", rank=1, original="Traceback ...\nValueError: x\n", output="before\n")
+    assert str(error).endswith("last output of rank 1:\nbefore")
+    error.output = "before\nTraceback ...\nValueError: x\n"
+    assert str(error).endswith("it failed\nlast output of rank 1:\nbefore")
+    error.output = "Traceback ...\nValueError: x\n"
+    assert str(error).endswith("it failed")
+
+
 # Loading by name.
 
 

@@ -25,7 +25,7 @@ from resilience.checkpoint.plan import Plan, plan
 from resilience.checkpoint.restore import Source, restore
 from resilience.checkpoint.snapshot import snapshot, specs_of
 from resilience.checkpoint.tree import flatten, unflatten
-from resilience.errors import CorruptError, InvalidError, ResilienceError, UnavailableError
+from resilience.errors import CorruptError, UnavailableError
 from resilience.run import Interrupted, Run
 from resilience.runtime.failpoint import Failpoints
 from resilience.runtime.output import Stream
@@ -330,14 +330,12 @@ class RankHost:
     def fail(self, error: BaseException) -> None:
         with contextlib.suppress(Exception):  # the metrics are worth less than the traceback that follows
             self._flush()
-        own = isinstance(error, ResilienceError)
         self.tell(
             {
                 "t": "failed",
                 "error": f"{type(error).__name__}: {error}"[:4000],
                 "traceback": traceback.format_exc()[-16000:],
                 "signature": _signature(error),
-                "invalid": own and isinstance(error, InvalidError),
             }
         )
 

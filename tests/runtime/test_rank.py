@@ -337,6 +337,5 @@ def test_a_failure_tells_where_it_happened(agent):
         agent.host.fail(error)
     [told] = agent.heard()
     assert told["error"].startswith("InvalidError: cannot be saved")
-    assert told["invalid"] is True
     assert told["signature"].startswith("InvalidError@test_rank.py:")
     assert "raise InvalidError" in told["traceback"]
