@@ -45,8 +45,18 @@ def view_of(state: State, log: LogState, *, metrics: dict[str, float], failing: 
             for node in state.cluster.nodes.values()
         ],
         "incidents": state.counted,
-        "warning": failing,
+        "warning": _saves_failing(state) or failing,
     }
+
+
+def _saves_failing(state: State) -> str | None:
+    """Why the newest save that is decided came to nothing, where it did; the age of the last good one stands beside."""
+    for step, save in sorted(state.saves.steps.items(), reverse=True):
+        if save.committed():
+            return None
+        if save.settled() and save.error:
+            return f"the checkpoint of step {step} failed: {save.error}"
+    return None
 
 
 def _furthest(log: LogState, ref: Any) -> str | None:

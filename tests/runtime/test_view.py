@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from resilience.control import events as e
-from resilience.control import progress
+from resilience.control import progress, saves
 from resilience.control.retention import Kept
 from resilience.control.supervise import State, step
 from resilience.control.types import Assignment, Card, CheckpointRef, Incident, Node, Phase, Policy
@@ -70,6 +70,25 @@ def test_what_is_being_recovered_and_a_journal_that_cannot_be_written(state):
     )
     decided = replace(incident, decision="restart")
     assert seen(replace(state, open=(decided,)))["recovering"] == "rank 1 was killed: restart"
+
+
+def test_saves_that_fail_are_warned_of_until_one_succeeds(state):
+    held = saves.Saves(generation=1, world=2)
+
+    def warning():
+        return seen(replace(state, saves=held), failing="the journal")["warning"]
+
+    for rank in (0, 1):
+        held = saves.seal(held, e.Sealed(1.0, 1, rank, 5, 0.0, 1))
+    assert warning() == "the journal"
+    held, _ = saves.fail(held, 5, "nvme", 2.0, "ENOSPC")
+    assert warning() == "the journal", "it still goes to the shared tier"
+    held, _ = saves.fail(held, 5, "shared", 2.0, "EROFS")
+    assert warning() == "the checkpoint of step 5 failed: ENOSPC"
+    held = saves.seal(held, e.Sealed(3.0, 1, 0, 10, 0.0, 1))
+    assert warning() == "the checkpoint of step 5 failed: ENOSPC", "the next is under way"
+    held, _ = saves.commit(held, 10, "shared", 4.0)
+    assert warning() == "the journal"
 
 
 def test_before_anything_has_run():
