@@ -27,6 +27,8 @@ from storage_backends import open_storage
 
 HEARTBEAT_S = 0.5
 LEASE_S = 60.0
+_POLL_S = 1.0  # between two looks at the cards
+_LOOK: dict[str, Any] = {"t": "look"}  # wakes the reporter: a simulated card was told to fail
 _BLOCK = 32 << 20
 _PEER_S = 60.0  # a peer that does not answer for so long is given up
 
@@ -51,6 +53,7 @@ class NodeAgent:
         self._stopped = 0  # newest generation that was told to stop
         self._reporter = threading.Thread(target=self._report_loop, name="reports", daemon=True)
         self._cards = SimulatedCards()
+        self._poll_at = 0.0
         scratch = str(Path(config["nvme"].removeprefix("file://"))) if config["nvme"] else None
         self._outputs = Outputs(open_storage(config["shared"]), scratch, self._warn)
         self._processes = NodeProcesses(config, self._outputs, self._observed.put)
@@ -76,6 +79,8 @@ class NodeAgent:
             kind = order["t"]
             if kind == "fail_card":
                 self._cards.fail(order["index"], detail="injected")
+                self._poll_at = 0.0
+                self._observed.put(_LOOK)
             elif kind == "die":
                 self._die()
             elif kind in ("delete", "sweep") or (kind == "start" and order.get("fetch")):
@@ -149,13 +154,12 @@ class NodeAgent:
 
     def _report_loop(self) -> None:
         last_reply = time.monotonic()
-        next_poll = 0.0
         number = 0
         while True:
             closing = self._closing.is_set()
             batch = self._batch()
-            if time.monotonic() >= next_poll:
-                next_poll = time.monotonic() + 1.0
+            if time.monotonic() >= self._poll_at:
+                self._poll_at = time.monotonic() + _POLL_S
                 for fault in self._cards.poll():
                     batch.append(
                         {"t": "card", "index": fault.index, "code": fault.code, "detail": fault.detail}
@@ -193,7 +197,7 @@ class NodeAgent:
             while True:
                 batch.append(self._observed.get_nowait())
         except queue.Empty:
-            return batch
+            return [seen for seen in batch if seen is not _LOOK]
 
     def _die(self) -> None:
         """Fail as a node does, all at once: every process of it, its raylet, this one. For chaos only."""
