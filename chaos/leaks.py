@@ -31,7 +31,7 @@ def files_of_ours() -> set[str]:
     return {str(path) for place in places if place.is_dir() for path in place.glob("resilience-*")}
 
 
-def wait_until_gone(run: str, timeout: float = 10.0) -> list[str]:
+def wait_until_gone(run: str, timeout: float = 30.0) -> list[str]:
     """What is left of ``run`` after at most ``timeout`` seconds: the kernel needs a moment to end what was killed."""
     deadline = time.monotonic() + timeout
     while (left := processes_of(run)) and time.monotonic() < deadline:

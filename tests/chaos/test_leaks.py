@@ -12,13 +12,14 @@ from chaos import leaks
 
 # A stand-in with the command line of one of our processes; it says when it runs, and ends when its input does.
 _WAIT = "import sys; print('up', flush=True); sys.stdin.read()"
+RUN = f"leaky-run-{os.getpid()}"  # several sessions may run on one machine
 
 
 @pytest.fixture
 def leaked():
     started = []
 
-    def start(module="resilience.runtime.zygote", run="leaky-run"):
+    def start(module="resilience.runtime.zygote", run=RUN):
         process = subprocess.Popen(
             [sys.executable, "-c", _WAIT, module, run],
             stdin=subprocess.PIPE,
@@ -38,7 +39,7 @@ def leaked():
 
 def test_a_process_of_the_run_is_found_with_its_command(leaked):
     process = leaked()
-    [line] = leaks.processes_of("leaky-run")
+    [line] = leaks.processes_of(RUN)
     assert line.startswith(f"{process.pid} ")
     assert "resilience.runtime.zygote" in line
 
@@ -49,18 +50,19 @@ def test_other_runs_other_programs_and_the_dead_are_not_leaks(leaked):
     dead = leaked()
     dead.kill()
     os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
-    assert leaks.processes_of("leaky-run") == []
-    assert leaks.wait_until_gone("leaky-run", timeout=0.0) == []
+    assert leaks.processes_of(RUN) == []
+    assert leaks.wait_until_gone(RUN, timeout=0.0) == []
 
 
 def test_what_ends_in_time_is_waited_for_and_what_stays_is_returned(leaked):
     stays = leaked()
     ends = leaked()
     ends.stdin.close()
-    left = leaks.wait_until_gone("leaky-run", timeout=0.5)
+    ends.wait()
+    left = leaks.wait_until_gone(RUN, timeout=0.1)
     assert [int(line.split()[0]) for line in left] == [stays.pid]
     stays.stdin.close()
-    assert leaks.wait_until_gone("leaky-run", timeout=10) == []
+    assert leaks.wait_until_gone(RUN, timeout=60) == []
 
 
 def test_a_process_that_ends_while_it_is_looked_at_is_no_error(leaked, monkeypatch):
@@ -68,12 +70,13 @@ def test_a_process_that_ends_while_it_is_looked_at_is_no_error(leaked, monkeypat
     gone = leaked()
     gone.kill()
     gone.wait()
-    answers = iter([[f"{gone.pid} resilience.runtime.rank leaky-run"], []])
+    answers = iter([[f"{gone.pid} resilience.runtime.rank {RUN}"], []])
     monkeypatch.setattr(leaks, "processes_of", lambda run: next(answers))
-    assert leaks.wait_until_gone("leaky-run", timeout=5) == []
+    assert leaks.wait_until_gone(RUN, timeout=5) == []
 
 
-def test_files_that_bear_our_name_are_seen():
+def test_files_that_bear_our_name_are_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = leaks.files_of_ours()
     with tempfile.NamedTemporaryFile(prefix="resilience-leak-test-") as file:
         assert leaks.files_of_ours() - before == {file.name}

@@ -187,6 +187,33 @@ def committed(records):
     return read
 
 
+def newest_restored(result) -> None:
+    """Each recovery begins at the newest checkpoint acknowledged in a tier that survived: no more is lost."""
+    events = result.history.sql(
+        "select type, step, data from events where type in "
+        "('checkpoint.committed', 'restore.chosen', 'node.lost') order by time, generation, seq"
+    )
+    newest = {"nvme": 0, "shared": 0}
+    lost = False
+    for event in events:
+        if event["type"] == "checkpoint.committed":
+            tier = event["data"]["tier"]
+            newest[tier] = max(newest[tier], event["step"])
+        elif event["type"] == "node.lost":
+            lost = True
+        else:
+            if lost:
+                newest["nvme"] = 0  # every checkpoint of these runs has packs on all nodes
+            assert event["data"]["step"] >= max(newest.values())
+            lost = False
+
+
+@pytest.fixture
+def assert_newest_restored():
+    """``assert_newest_restored(result)``: no recovery lost more than it had to."""
+    return newest_restored
+
+
 class Mounts:
     """File systems mounted for a test, and taken down after it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -40,9 +41,14 @@ def memfds() -> set[tuple[int, str]]:
 
 
 def sockets() -> set[str]:
-    """Unix sockets with a name, in a file or abstract, that are not Ray's own."""
-    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
-    return {name for line in lines if len(line.split()) > 7 and "/ray/" not in (name := line.split()[7])}
+    """Unix sockets with a name, in a file or abstract, that a process of ours holds, and that are not Ray's own."""
+    held = set()
+    for process in ours():
+        with contextlib.suppress(OSError):
+            held |= {os.readlink(descriptor.path) for descriptor in os.scandir(f"/proc/{process.pid}/fd")}
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    named = {fields[7]: f"socket:[{fields[6]}]" for fields in lines if len(fields) > 7}
+    return {name for name, inode in named.items() if inode in held and "/ray/" not in name}
 
 
 def workers() -> set[str]:
@@ -121,13 +127,12 @@ def test_nothing_is_left_of_a_run_on_an_object_store(cluster, jobs, chaos, aws, 
 
 def assert_clean(run: str, before_files: set[str], before_sockets: set[str], until) -> None:
     assert leaks.wait_until_gone(run) == []
-    left = [psutil.Process(int(line.split()[0])) for line in workers()]
-    psutil.wait_procs(left, timeout=10)  # Ray ends the process of a killed actor in its own time
-    assert workers() == set()
+    # Ray ends the process of a killed actor in its own time.
+    until(lambda: not workers(), why=f"the end of {workers()}")
     assert memfds() == set()
     assert actors() == []
-    until(lambda: not files() - before_files, timeout=10, why=f"the end of {files() - before_files}")
-    until(lambda: not sockets() - before_sockets, timeout=10, why=f"the end of {sockets() - before_sockets}")
+    until(lambda: not files() - before_files, why=f"the end of {files() - before_files}")
+    until(lambda: not sockets() - before_sockets, why=f"the end of {sockets() - before_sockets}")
 
 
 @pytest.mark.parametrize(

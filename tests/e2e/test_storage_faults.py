@@ -61,6 +61,15 @@ def test_a_full_nvme_is_passed_by(cluster, driven, chaos, drive, mounts, committ
     assert result.incidents == []
 
 
+def warning() -> str:
+    """What whoever looks at the run is warned of."""
+    import ray
+
+    from resilience.runtime.supervisor import NAMESPACE, actor_name
+
+    return ray.get(ray.get_actor(actor_name(RUN), namespace=NAMESPACE).view.remote())["warning"] or ""
+
+
 def fill(path) -> None:
     """Take all the space there is."""
     with open(path, "wb", buffering=0) as file:
@@ -91,12 +100,14 @@ def test_shared_storage_full_and_then_read_only(
     fill(root / "filler")
     drive.allow(17)  # past the saves of the steps 10 and 15
     drive.wait_at(17)
+    until(lambda: "step 15 failed" in warning(), why="the warning of step 15")
     (root / "filler").unlink()
     drive.allow(22)
     has(20)
     mounts.read_only(root)
     drive.allow(32)
     drive.wait_at(32)
+    until(lambda: "step 30 failed" in warning(), why="the warning of step 30")
     mounts.release(root)
     drive.allow(37)
     has(35)

@@ -23,6 +23,11 @@ from resilience.errors import ExhaustedError, InvalidError, TrainingError
 pytestmark = pytest.mark.ray
 
 
+def own(name: str) -> str:
+    """Several sessions may run on one machine, and what is left behind is looked for by name."""
+    return f"{name}-{os.getpid()}"
+
+
 def test_the_users_exception_comes_back_with_its_traceback_and_the_ranks_output(cluster, jobs, chaos):
     with pytest.raises(TrainingError) as caught:
         chaos.run(jobs.fails_at, arguments={"step": 7, "rank": 1})
@@ -48,23 +53,21 @@ def test_state_that_cannot_be_saved_is_named_before_the_first_step(cluster, jobs
 
 
 def test_a_restored_state_that_does_not_fit_lists_the_keys(cluster, jobs, chaos):
-    job = chaos.options(jobs.shaped, name="fits")
     with pytest.raises(TrainingError):  # leaves a checkpoint, and no finish record
-        chaos.options(jobs.fails_at, name="fits-not").launch(view="none", step=8)
-    del job
+        chaos.options(jobs.fails_at, name=own("fits-not")).launch(view="none", step=8)
     with pytest.raises(TrainingError) as caught:
-        chaos.options(jobs.shaped, name="fits-not").launch(view="none", steps=20, width=4, extra=True)
+        chaos.options(jobs.shaped, name=own("fits-not")).launch(view="none", steps=20, width=4, extra=True)
     text = str(caught.value)
     assert "state" in text
     assert "the checkpoint holds no 'state'" in text or "missing" in text
 
 
 def test_missing_unexpected_and_misshaped_keys_are_told_apart(cluster, jobs, chaos):
-    first = chaos.options(jobs.shaped, name="shapes")
+    first = chaos.options(jobs.shaped, name=own("shapes"))
     stopped = stop_at_a_step(first, steps=100_000, width=4)
     assert not stopped.finished
     with pytest.raises(TrainingError) as caught:
-        chaos.options(jobs.shaped, name="shapes").launch(view="none", steps=10, width=5, extra=True)
+        chaos.options(jobs.shaped, name=own("shapes")).launch(view="none", steps=10, width=5, extra=True)
     text = str(caught.value)
     assert "state/bias" in text
     assert "state/weights" in text
@@ -107,15 +110,15 @@ def stop_at_a_step(job, **arguments):
 
 
 def test_a_clean_stop_leaves_a_checkpoint_and_the_same_launch_goes_on_from_it(cluster, jobs, chaos):
-    job = chaos.options(jobs.endless, name="endless")
+    job = chaos.options(jobs.endless, name=own("endless"))
     stopped = stop_at_a_step(job, steps=1_000_000, amount=50)
     assert stopped.outcome.result == "interrupted"
     assert stopped.steps > 0
-    saved = resilience.open_checkpoint(f"{chaos.storage}/endless")
+    saved = resilience.open_checkpoint(f"{chaos.storage}/{own('endless')}")
     assert saved["rank-0/state/n"][0] == saved["rank-1/state/n"][0] == stopped.steps, (
         "all ranks stopped at one step"
     )
-    again = chaos.options(jobs.endless, name="endless").launch(
+    again = chaos.options(jobs.endless, name=own("endless")).launch(
         view="none", steps=stopped.steps + 20, amount=50
     )
     assert again.finished
@@ -124,7 +127,7 @@ def test_a_clean_stop_leaves_a_checkpoint_and_the_same_launch_goes_on_from_it(cl
     assert generations[-1]["start_step"] == stopped.steps, "nothing was done twice"
     assert again.incidents == []
     # A finished run stays finished: launching it again does nothing, and says the same.
-    third = chaos.options(jobs.endless, name="endless").launch(
+    third = chaos.options(jobs.endless, name=own("endless")).launch(
         view="none", steps=stopped.steps + 20, amount=50
     )
     assert (third.value, third.steps) == (again.value, again.steps)
@@ -169,7 +172,7 @@ def test_a_wrong_option_says_what_is_allowed_when_it_is_given(jobs, options, say
 
 
 def test_wrong_arguments_and_urls_are_refused_before_anything_starts(jobs, tmp_path):
-    job = jobs.endless.options(storage=str(tmp_path / "s"))
+    job = jobs.endless.options(storage=str(tmp_path / "s"), name=own("ctrl-c"))
     with pytest.raises(InvalidError, match="lr"):
         job.launch(lr=1)
     with pytest.raises(InvalidError, match="plain value"):
@@ -211,7 +214,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 from jobs import endless
-job = endless.options(storage={storage!r}, workers=2, checkpoint_every=100000, name="ctrl-c", card="card")
+job = endless.options(storage={storage!r}, workers=2, checkpoint_every=100000, name={name!r}, card="card")
 if __name__ == "__main__":
     result = job.launch(view="json", steps=10_000_000, amount=50)
     print("END", result.outcome.result, result.steps, flush=True)
@@ -224,7 +227,7 @@ def test_ctrl_c_of_a_script_stops_cleanly_and_leaves_nothing(tmp_path):
 
     script = tmp_path / "script.py"
     storage = str(tmp_path / "s")
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), storage=storage))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), storage=storage, name=own("ctrl-c")))
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, str(script)],
@@ -248,15 +251,17 @@ def test_ctrl_c_of_a_script_stops_cleanly_and_leaves_nothing(tmp_path):
             process.wait()
     assert "END interrupted" in rest, "".join(lines) + rest
     steps = int(rest.split()[-1])
-    saved = resilience.open_checkpoint(f"{storage}/ctrl-c")
+    saved = resilience.open_checkpoint(f"{storage}/{own('ctrl-c')}")
     assert np.asarray(saved["rank-1/state/n"])[0] == steps
-    assert leaks.wait_until_gone("ctrl-c") == []
+    assert leaks.wait_until_gone(own("ctrl-c")) == []
 
 
 def test_ctrl_c_while_the_cluster_starts_leaves_nothing(tmp_path, until):
     """The interrupt of a terminal reaches the whole group, at the moment when Ray's own processes have just begun."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), storage=str(tmp_path / "s")))
+    script.write_text(
+        SCRIPT.format(tests=str(Path(__file__).parent), storage=str(tmp_path / "s"), name=own("ctrl-c"))
+    )
     process = start(script)
 
     def group() -> list[psutil.Process]:
@@ -278,7 +283,7 @@ def test_ctrl_c_while_the_cluster_starts_leaves_nothing(tmp_path, until):
         for left in group():
             left.kill()
         process.wait()
-    assert not (tmp_path / "s" / "ctrl-c" / "events").exists(), "no run had begun"
+    assert not (tmp_path / "s" / own("ctrl-c") / "events").exists(), "no run had begun"
 
 
 def start(script: Path) -> subprocess.Popen[str]:
@@ -307,7 +312,7 @@ def test_a_second_ctrl_c_ends_at_once_and_history_says_so(tmp_path, drive, until
     """The ranks stand still before the stop point, so a clean stop cannot come first."""
     from chaos import leaks
 
-    storage, name = str(tmp_path / "s"), f"twice-{os.getpid()}"
+    storage, name = str(tmp_path / "s"), own("twice")
     script = tmp_path / "script.py"
     script.write_text(
         STANDING.format(
@@ -343,7 +348,9 @@ def test_a_killed_launcher_on_a_cluster_of_its_own_leaves_nothing(tmp_path):
     from chaos import leaks
 
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), storage=str(tmp_path / "s")))
+    script.write_text(
+        SCRIPT.format(tests=str(Path(__file__).parent), storage=str(tmp_path / "s"), name=own("ctrl-c"))
+    )
     process = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -352,8 +359,8 @@ def test_a_killed_launcher_on_a_cluster_of_its_own_leaves_nothing(tmp_path):
         for line in process.stdout:
             if line.startswith("{") and (json.loads(line).get("step") or 0) >= 5:
                 break
-        assert leaks.processes_of("ctrl-c"), "the check itself sees running processes"
+        assert leaks.processes_of(own("ctrl-c")), "the check itself sees running processes"
     finally:
         process.kill()
         process.wait()
-    assert leaks.wait_until_gone("ctrl-c", timeout=30) == []
+    assert leaks.wait_until_gone(own("ctrl-c"), timeout=60) == []

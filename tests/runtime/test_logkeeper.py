@@ -66,7 +66,7 @@ class Keeper:
 
     def ask(self, command):
         self.log.perform(command)
-        return self.answers.get(timeout=10)
+        return self.answers.get(timeout=60)
 
     def fence(self, generation=1):
         return self.ask(c.Fence(generation))
@@ -170,7 +170,7 @@ def test_a_newer_generation_fences_us_and_nothing_is_written(make, storage):
     assert answer.newer
     assert [record.kind for record in records(storage)] == [Kind.FENCE, Kind.FENCE]
     old.log.perform(c.Retire((CheckpointRef(5, 1),)))
-    assert isinstance(old.answers.get(timeout=10), e.FenceLost)
+    assert isinstance(old.answers.get(timeout=60), e.FenceLost)
 
 
 def test_storage_that_is_away_fails_the_commit_and_a_later_one_works(keeper, storage):
