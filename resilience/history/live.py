@@ -25,7 +25,17 @@ MODES = ("auto", "plain", "json", "none")
 _EVERY_S = 1.0  # between two lines that only say that steps go on
 _LATER_S = 10.0  # the same, once a run is over a minute old
 _KEPT_LOSSES = 48
-_TURNS = ("phase", "generation", "recovering", "incidents", "cards", "warning", "result", "attached")
+_TURNS = (
+    "phase",
+    "waiting",
+    "generation",
+    "recovering",
+    "incidents",
+    "cards",
+    "warning",
+    "result",
+    "attached",
+)
 
 
 class LiveView:
@@ -111,6 +121,8 @@ def line(snapshot: Snapshot) -> str:
     parts = [
         f"[{seconds(snapshot.get('elapsed_s')):>9}] {snapshot.get('result') or snapshot.get('phase', '?')}"
     ]
+    if snapshot.get("waiting"):
+        parts.append(waiting(snapshot["waiting"]))
     if snapshot.get("attached"):
         parts.append("attached to a run that is going")
     if snapshot.get("generation"):
@@ -152,6 +164,12 @@ def lines(snapshot: Snapshot) -> str:
     if snapshot.get("warnings"):
         told.append(f"{count(snapshot['warnings'], 'warning')}: see resilience history {snapshot.get('run')}")
     return "\n".join(told)
+
+
+def waiting(it: dict[str, Any]) -> str:
+    """``4 GPUs needed, 2 there, waits up to 300 s for more``."""
+    left = f"waits up to {it['deadline_s']:g} s for more"
+    return f"{count(it['needed'], it.get('card') or 'card')} needed, {it['available']} there, {left}"
 
 
 def progress(snapshot: Snapshot) -> str:

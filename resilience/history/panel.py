@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resilience.history.format import count, seconds
-from resilience.history.live import Snapshot, checkpoint, incidents, progress
+from resilience.history.live import Snapshot, checkpoint, incidents, progress, waiting
 
 _BARS = "▁▂▃▄▅▆▇█"
 _COLOURS = {"active": "green", "spare": "cyan", "failed": "red", "lost": "red"}
@@ -34,6 +34,8 @@ def panel(snapshot: Snapshot, losses: Sequence[float] = ()) -> RenderableType:
     if incidents(snapshot):
         state.append(f"  {count(incidents(snapshot), 'incident')}", style="none")
     grid.add_row("state", state)
+    if snapshot.get("waiting"):
+        grid.add_row("waiting", Text(waiting(snapshot["waiting"]), style="yellow"))
     grid.add_row("progress", _progress(snapshot))
     if isinstance(snapshot.get("loss"), int | float):
         grid.add_row("loss", Text(f"{snapshot['loss']:.4f}  ").append(spark(losses), style="cyan"))

@@ -19,8 +19,9 @@ SILENT_S = 60.0
 def status(history: History, run: str) -> dict[str, Any]:
     """A superset of what the live view takes; ages and durations in seconds.
 
-    Keys: ``run, job, phase, result, reason, generation, step, loss, metrics, checkpoint`` (newest usable, with its
-    most durable tier), ``checkpoints`` (tier → newest: step, generation, age_s), ``recovering, incident`` (the open one
+    Keys: ``run, job, phase, waiting`` (for cards: needed, available, deadline_s; or ``None``), ``result, reason,
+    generation, step, loss, metrics, checkpoint`` (newest usable, with its most durable tier),
+    ``checkpoints`` (tier → newest: step, generation, age_s), ``recovering, incident`` (the open one
     or ``None``), ``incidents`` (number), ``cards`` (by state), ``nodes, elapsed_s, heard_s`` (since the last event),
     ``silent, warnings``.
     """
@@ -45,6 +46,7 @@ def status(history: History, run: str) -> dict[str, Any]:
         "run": run,
         "job": row["job"],
         "phase": phase.value,
+        "waiting": _waiting(history, run) if phase is Phase.WAITING else None,
         "result": row["result"],
         "reason": row["reason"],
         "generation": generation,
@@ -97,6 +99,17 @@ def _phase(history: History, run: str, row: dict[str, Any], recovering: bool) ->
         # An incident of a generation that has not ended yet: its ranks are being stopped.
         return Phase.STARTING if since("generation.fenced", "incident.detected") else Phase.FENCING
     return Phase.RUNNING if started and started[0]["first_step_at"] else Phase.STARTING
+
+
+def _waiting(history: History, run: str) -> dict[str, Any] | None:
+    """What the newest attempt said that it waits for, if it did."""
+    rows = history.sql(
+        "SELECT CAST(data ->> 'needed' AS BIGINT) AS needed, CAST(data ->> 'available' AS BIGINT) AS available,"
+        " CAST(data ->> 'deadline_s' AS DOUBLE) AS deadline_s FROM events WHERE run = ? AND type = 'capacity.waiting'"
+        " AND time >= (SELECT max(started_at) FROM attempts a WHERE a.run = events.run) ORDER BY time DESC LIMIT 1",
+        [run],
+    )
+    return rows[0] if rows else None
 
 
 def _tiers(history: History, run: str) -> dict[str, dict[str, Any]]:

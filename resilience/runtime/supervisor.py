@@ -127,7 +127,13 @@ class Supervisor:
 
     def view(self) -> dict[str, Any]:
         """The run right now, as plain data (see ``history.live``)."""
-        view = view_of(self._state, self._log.state, metrics=self._metrics, failing=self._chronicle.failing)
+        view = view_of(
+            self._state,
+            self._log.state,
+            metrics=self._metrics,
+            failing=self._chronicle.failing,
+            card=self._spec["card"],
+        )
         return {**view, "steps": self._total}
 
     def wait(self, timeout: float) -> dict[str, Any] | None:

@@ -11,10 +11,13 @@ from resilience.control.types import Phase
 from resilience.journal.state import LogState
 
 
-def view_of(state: State, log: LogState, *, metrics: dict[str, float], failing: str | None) -> dict[str, Any]:
+def view_of(
+    state: State, log: LogState, *, metrics: dict[str, float], failing: str | None, card: str = "card"
+) -> dict[str, Any]:
     """What a person wants to see of a run; seconds are of this moment.
 
-    ``{"run", "phase", "step", "loss", "metrics", "generation", "checkpoint": {"step", "tier", "age_s"} | None,
+    ``{"run", "phase", "waiting": {"needed", "available", "deadline_s", "card"} | None, "step",
+    "loss", "metrics", "generation", "checkpoint": {"step", "tier", "age_s"} | None,
     "cards": {"active", "spare", "failed", "lost"}, "recovering", "nodes", "incidents", "warning"}``
     """
     newest = state.kept[0] if state.kept else None
@@ -22,6 +25,7 @@ def view_of(state: State, log: LogState, *, metrics: dict[str, float], failing: 
     return {
         "run": state.run,
         "phase": state.phase.value,
+        "waiting": _waiting(state, card),
         "step": max(state.step, state.restored_step, 0),
         "loss": metrics.get("loss"),
         "metrics": {key: value for key, value in metrics.items() if key != "step"},
@@ -46,6 +50,18 @@ def view_of(state: State, log: LogState, *, metrics: dict[str, float], failing: 
         ],
         "incidents": state.counted,
         "warning": _saves_failing(state) or failing,
+    }
+
+
+def _waiting(state: State, card: str) -> dict[str, Any] | None:
+    policy, available = state.policy, state.cluster.available
+    if state.phase is not Phase.WAITING or available >= policy.workers:
+        return None
+    return {
+        "needed": policy.workers,
+        "available": available,
+        "deadline_s": policy.capacity_deadline_s,
+        "card": card,
     }
 
 

@@ -51,6 +51,13 @@ def test_one_line() -> None:
 
 def test_a_line_of_almost_nothing() -> None:
     assert line({"phase": "waiting"}) == "[        -] waiting, step -, no checkpoint yet"
+    cards = {"needed": 4, "available": 1, "deadline_s": 300.0, "card": "GPU"}
+    assert "waiting, 4 GPUs needed, 1 there, waits up to 300 s for more, " in line(
+        {"phase": "waiting", "waiting": cards}
+    )
+    assert "1 card needed, 0 there, waits" in line(
+        {"waiting": {**cards, "needed": 1, "available": 0, "card": None}}
+    )
 
 
 def test_lines_are_printed_on_change_and_at_most_once_a_second() -> None:

@@ -63,6 +63,8 @@ def test_the_phases_in_their_order(tmp_path: object, build: ModuleType) -> None:
     look()
     run.tell(1.0, "capacity.waiting", {"needed": 4, "available": 2, "deadline_s": 300})
     look()
+    waiting = _status(tmp_path, "r", 100.0, build)["waiting"]
+    assert waiting == {"needed": 4, "available": 2, "deadline_s": 300.0}
     run.tell(1.5, "capacity.found", {"needed": 4, "available": 4})
     run.fence(2.0, 1)
     look()

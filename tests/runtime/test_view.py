@@ -60,6 +60,20 @@ def test_failed_lost_and_waiting_cards(state):
     assert seen(replace(state, phase=Phase.WAITING))["cards"]["active"] == 0
 
 
+def test_what_is_waited_for(state):
+    assert seen(state)["waiting"] is None
+    assert seen(replace(state, phase=Phase.WAITING))["waiting"] is None, (
+        "there are enough: spares may still join"
+    )
+    few = State.initial(Policy(workers=40, capacity_deadline_s=20.0), "r", at=0.0)
+    assert seen(few, card="GPU")["waiting"] == {
+        "needed": 40,
+        "available": 0,
+        "deadline_s": 20.0,
+        "card": "GPU",
+    }
+
+
 def test_what_is_being_recovered_and_a_journal_that_cannot_be_written(state):
     incident = Incident("1-1", "exit", "rank 1 was killed", 1)
     view = seen(replace(state, open=(incident,), counted=3), failing="storage is away")
