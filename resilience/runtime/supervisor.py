@@ -34,6 +34,7 @@ from storage_backends import open_storage
 NAMESPACE = "resilience"
 _TICK_S = 0.25
 _ABANDON_S = 120.0  # for everything to end that is ended at once
+_LEAVE_S = 30.0
 _ORPHAN_S = 60.0  # a finished supervisor whose caller never comes for the result ends itself
 
 
@@ -191,14 +192,18 @@ class Supervisor:
             self._supervise()
         except Exception:  # noqa: BLE001 - a bug of ours: reported as the outcome of the run
             self._break(traceback.format_exc())
-        if not self._collected.wait(_ORPHAN_S):
-            os._exit(0)
+        self._done.wait()  # ending may take long, where storage is away: the outcome is not lost to that
+        if self._collected.wait(_ORPHAN_S):
+            threading.Event().wait(
+                _LEAVE_S
+            )  # whoever has the outcome takes us down, unless it died at that moment
+        os._exit(0)
 
     def _supervise(self) -> None:
         ticked = time.monotonic()
         while self._state.phase is not Phase.DONE and self._broken is None:
             try:
-                # Deadlines are judged on ticks only, so a tick comes however busy the queue is.
+                # Deadlines are judged on ticks only, and those come after what was reported before them.
                 event: e.Event = self._events.get(timeout=max(0.0, ticked + _TICK_S - time.monotonic()))
             except queue.Empty:
                 ticked = time.monotonic()
