@@ -6,7 +6,9 @@ except the user's own, which comes first. Importing this module must stay cheap.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -118,3 +120,5 @@ def tell(error: ResilienceError) -> str:
 @click.version_option(package_name="resilience")
 def main() -> None:
     """Training that goes on by itself while cards, processes and nodes fail under it."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a locale without some character must not end what prints it
+        sys.stdout.reconfigure(errors="replace")

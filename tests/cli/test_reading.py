@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -141,3 +142,15 @@ def test_logs_that_are_not_there(call: Call, url: str) -> None:
     assert "ranks 0, 1" in call("logs", "demo", "--storage", url, "--rank", "7").stderr
     assert "generations 1, 2" in call("logs", "demo", "--storage", url, "--generation", "9").stderr
     assert "has no output yet" in call("logs", "open", "--storage", url).stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["history demo", "history", "status demo", "verify demo", "history demo --sql \"select '→'\""]
+)
+def test_a_locale_without_our_characters_is_no_error(
+    process: Callable[..., subprocess.CompletedProcess[str]], url: str, command: str
+) -> None:
+    result = process(f"PYTHONIOENCODING=ascii $R {command} --storage {url}")
+    assert "UnicodeEncodeError" not in result.stderr
+    assert result.returncode == (1 if "verify" in command else 0), result.stderr
+    assert result.stdout.isascii()
