@@ -88,7 +88,7 @@ def refusal(value: Any) -> str | None:
 def _torch_refusal(tensor: Any) -> str | None:
     torch = sys.modules["torch"]
     if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
-        return "a sharded tensor (DTensor) cannot be saved yet: give its local shard as Shard.at(tensor.to_local(), …)"
+        return "a sharded tensor (DTensor) cannot be saved yet: save the local shard (tensor.to_local())"
     if tensor.is_quantized:
         return "a quantized tensor has no exact array form: save int_repr(), scale and zero point"
     if tensor.layout != torch.strided or tensor.is_nested:
