@@ -115,9 +115,9 @@ def functional(run, *, steps=12):
 
 
 @resilience.job(workers=1, checkpoint_every=1)
-def huge(run, *, gigabytes):
+def huge(run, *, size):
     """More state than the machine has memory for two snapshots of (never touched, so it costs nothing itself)."""
-    state = {"table": np.zeros((gigabytes << 30) // 8)}
+    state = {"table": np.zeros(size // 8)}
     run.track(state=state)
     for _ in run.steps(2):
         pass
