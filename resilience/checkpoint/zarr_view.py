@@ -1,38 +1,31 @@
 """A checkpoint as a Zarr v3 hierarchy: its metadata, and a reference file that says where each chunk lies.
 
-Owns the mapping from parts to Zarr: every chunk of a pack is a Zarr chunk (codecs ``bytes`` little endian,
-then ``crc32c``), so plain zarr with fsspec's ``reference`` filesystem reads a checkpoint without this
-package. Pure: it looks at parts only. Must never describe a chunk that is in no pack.
+Owns the mapping from arrays to Zarr: every chunk of a pack that keeps to a grid is a Zarr chunk (codecs ``bytes``
+little endian, then ``crc32c``), so plain zarr with fsspec's ``reference`` filesystem reads a checkpoint without
+this package. Pure: it looks at parts only. Must never describe a chunk, to whom takes what is missing for zeros, that
+is in no pack.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from resilience.checkpoint import arrays as _arrays
-from resilience.checkpoint.part import Part, PartArray
-from resilience.checkpoint.plan import CRC_BYTES, stored_name
-from resilience.checkpoint.tree import leaves
+from resilience.checkpoint.catalog import Entry, Piece, catalog, cell_count
+from resilience.checkpoint.part import Part
+from resilience.checkpoint.plan import CRC_BYTES
 
 METADATA = "zarr.json"
 REFERENCES = "refs.json"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a Zarr chunk lies: its payload in the pack of ``rank``; its CRC32C is in the four bytes after."""
-
-    rank: int
-    offset: int
-    length: int
-    crc32c: int
+#: Above so many chunks there is no reference file: readers of it hold all of it in memory, and it is rewritten with
+#: every checkpoint. At 64 MiB a chunk that is 6 TiB, and a file of about 10 MB.
+MAX_REFERENCES = 100_000
 
 
 def zarr_metadata(parts: Sequence[Part], *, url: str) -> dict[str, bytes]:
-    """The two files that stand beside the packs, by name.
+    """The files that stand beside the packs, by name.
 
     Args:
         parts: all parts of one checkpoint.
@@ -40,109 +33,108 @@ def zarr_metadata(parts: Sequence[Part], *, url: str) -> dict[str, bytes]:
             checkpoint opens with ``template_overrides={"u": new_url}``.
 
     Returns:
-        ``zarr.json`` (the root group with consolidated metadata) and ``refs.json`` (fsspec reference format,
-        version 1, all metadata inlined).
+        ``zarr.json``, the root group alone: its attribute ``resilience`` says what this is. Its arrays are not in it,
+        because whoever opened them there would find no chunks and read zeros. And, up to ``MAX_REFERENCES``
+        chunks, ``refs.json`` (fsspec reference format, version 1, all metadata inlined and consolidated).
     """
-    documents = metadata_documents(parts)
-    refs: dict[str, Any] = {key: data.decode() for key, data in documents.items()}
-    for key, place in chunk_places(parts).items():
-        refs[key] = ["{{u}}/" + f"rank-{place.rank}.pack", place.offset, place.length + CRC_BYTES]
-    references = {"version": 1, "templates": {"u": url.rstrip("/")}, "refs": refs}
-    return {METADATA: documents[METADATA], REFERENCES: _dump(references)}
+    entries = catalog(parts)
+    regular = {name: entry for name, entry in entries.items() if entry.grid is not None}
+    attributes = about(parts[0])
+    irregular = [name for name, entry in entries.items() if entry.grid is None and entry.same_as is None]
+    if irregular:
+        attributes["irregular"] = irregular
+    chunks = sum(len(entry.pieces) for entry in regular.values())
+    attributes["references"] = REFERENCES if chunks <= MAX_REFERENCES else None
+    files = {METADATA: _dump(_group({"resilience": attributes}))}
+    if chunks <= MAX_REFERENCES:
+        documents = metadata_documents(regular, attributes)
+        refs: dict[str, Any] = {key: data.decode() for key, data in documents.items()}
+        for key, piece in chunk_places(regular):
+            refs[key] = ["{{u}}/" + f"rank-{piece.rank}.pack", piece.offset, piece.length + CRC_BYTES]
+        references = {"version": 1, "templates": {"u": url.rstrip("/")}, "refs": refs}
+        files[REFERENCES] = _dump(references)
+    return files
 
 
-def metadata_documents(parts: Sequence[Part]) -> dict[str, bytes]:
-    """Every ``zarr.json`` of the hierarchy by key; the root's holds all others as consolidated metadata."""
+def about(part: Part) -> dict[str, Any]:
+    """What the root's attribute ``resilience`` says of every checkpoint."""
+    return {
+        "run": part.run,
+        "step": part.step,
+        "generation": part.generation,
+        "world_size": part.world_size,
+    }
+
+
+def metadata_documents(entries: Mapping[str, Entry], attributes: Mapping[str, Any]) -> dict[str, bytes]:
+    """Every ``zarr.json`` of the hierarchy by key; the root's holds all others as consolidated metadata.
+
+    ``entries`` by the names they are to have; ``attributes`` is what the root's attribute ``resilience`` says.
+    """
     nodes: dict[str, dict[str, Any]] = {}
-    for name, array in sorted(_arrays_of(parts).items()):
+    for name, entry in sorted(entries.items()):
         parent = name
         while "/" in parent:
             parent = parent.rpartition("/")[0]
-            nodes[parent] = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
-        nodes[name] = _array_metadata(array)
-    first = parts[0]
-    root = {
-        "attributes": {
-            "resilience": {
-                "run": first.run,
-                "step": first.step,
-                "generation": first.generation,
-                "world_size": first.world_size,
-            }
-        },
-        "zarr_format": 3,
-        "consolidated_metadata": {
-            "kind": "inline",
-            "must_understand": False,
-            "metadata": {path: nodes[path] for path in sorted(nodes)},
-        },
-        "node_type": "group",
+            nodes[parent] = _group({})
+        nodes[name] = array_metadata(entry)
+    root = _group({"resilience": dict(attributes)})
+    root["consolidated_metadata"] = {
+        "kind": "inline",
+        "must_understand": False,
+        "metadata": {path: nodes[path] for path in sorted(nodes)},
     }
     return {METADATA: _dump(root)} | {f"{path}/{METADATA}": _dump(node) for path, node in nodes.items()}
 
 
-def chunk_places(parts: Sequence[Part]) -> dict[str, Place]:
-    """Where each chunk lies, by its Zarr key (``model/wte.weight/c/0/0``)."""
-    names = _aliases(parts)
-    places: dict[str, Place] = {}
-    for part in parts:
-        for chunk in part.chunks:
-            array = part.arrays[chunk.array]
-            if array.grid is None:
-                continue
-            index = [o // g for o, g in zip(chunk.box_offset, array.grid, strict=True)]
-            suffix = "/".join(["c", *map(str, index)])
-            place = Place(part.rank, chunk.offset, chunk.length, chunk.crc32c)
-            for name in (array.name, *names.get(array.name, ())):
-                places[f"{name}/{suffix}"] = place
-    return places
+def chunk_places(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Piece]]:
+    """The Zarr key (``model/wte.weight/c/0/0``) of each piece of the arrays that keep to a grid."""
+    for name, entry in entries.items():
+        if entry.grid is not None:
+            for piece in entry.pieces:
+                index = [o // g for o, g in zip(piece.box.offset, entry.grid, strict=True)]
+                yield chunk_key(name, index), piece
 
 
-def _arrays_of(parts: Sequence[Part]) -> dict[str, PartArray]:
-    """All arrays of regular chunks by name, those included that are other names of the same bytes (tied weights)."""
-    found = {array.name: array for part in parts for array in part.arrays}
-    for name, others in _aliases(parts).items():
-        found.update(dict.fromkeys(others, found[name]))
-    return {name: array for name, array in found.items() if array.grid is not None}
+def chunk_key(name: str, index: Sequence[int]) -> str:
+    """The key of a chunk in Zarr's default encoding."""
+    return "/".join([name, "c", *map(str, index)])
 
 
-def _aliases(parts: Sequence[Part]) -> dict[str, list[str]]:
-    """Name of an array -> its other names."""
-    found: dict[str, list[str]] = {}
-    for part in parts:
-        arrays = {part.key(array): array for array in part.arrays}
-        for key, alias in _tied(part):
-            array = arrays[key]
-            name = stored_name(alias, array.scope, rank=part.rank)
-            names = found.setdefault(array.name, [])
-            if name not in names:
-                names.append(name)
-    return found
+def chunk_keys(name: str, entry: Entry) -> Iterator[str]:
+    """The keys of all chunks of an array, in C order, whether they lie in a pack or not."""
+    counts = [cell_count((n,), (g,)) for n, g in zip(entry.shape, entry.view_grid, strict=True)]
+    index = [0] * len(counts)
+    for _ in range(cell_count(entry.shape, entry.view_grid)):
+        yield chunk_key(name, index)
+        for axis in reversed(range(len(index))):
+            index[axis] += 1
+            if index[axis] < counts[axis]:
+                break
+            index[axis] = 0
 
 
-def _tied(part: Part) -> Iterator[tuple[str, str]]:
-    for place, key in leaves(part.state):
-        if place != key:
-            yield key, place
+def _group(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
 
 
-def _array_metadata(array: PartArray) -> dict[str, Any]:
-    assert array.grid is not None
-    dtype = _arrays.numpy_dtype(array.dtype)
+def array_metadata(entry: Entry) -> dict[str, Any]:
+    """The ``zarr.json`` of an array."""
+    dtype = _arrays.numpy_dtype(entry.dtype)
     fill: Any = 0 if dtype.kind in "iu" else 0.0
     if dtype.kind == "b":
         fill = False
     elif dtype.kind == "c":
         fill = [0.0, 0.0]
-    elif array.dtype == "float8_e8m0fnu":
+    elif entry.dtype == "float8_e8m0fnu":
         fill = "0x00"  # it has no zero
     codec: dict[str, Any] = {"name": "bytes"}
     if dtype.itemsize > 1:
         codec["configuration"] = {"endian": "little"}
     return {
-        "shape": list(array.shape),
-        "data_type": array.dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(array.grid)}},
+        "shape": list(entry.shape),
+        "data_type": entry.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(entry.view_grid)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": fill,
         "codecs": [codec, {"name": "crc32c"}],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
 
+from resilience.checkpoint.box import Box
 from resilience.checkpoint.part import Part
 from resilience.checkpoint.restore import Source
+from resilience.checkpoint.shard import Shard
 from resilience.checkpoint.store import PackStore, open_checkpoint
 from resilience.errors import CorruptError, InvalidError
 from resilience.journal.log import CommitLog
@@ -176,3 +181,82 @@ def test_an_object_store(save: Save, bucket: str) -> None:
     assert np.array_equal(group["model/w"][:], W)
     assert np.array_equal(open_checkpoint(f"{bucket}/{WHERE}")["rank-1/own"][:], [1])
     target.close()
+
+
+@st.composite
+def coverings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[list[Box]]]:
+    """A shape, and random disjoint boxes that cover it, dealt to a few ranks."""
+    shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
+    boxes = [Box.whole(shape)]
+    for _ in range(draw(st.integers(0, 8))):
+        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        axis = draw(st.integers(0, len(shape) - 1))
+        at = draw(st.integers(0, box.shape[axis]))
+        low = Box(box.offset, (*box.shape[:axis], at, *box.shape[axis + 1 :]))
+        boxes += [each for each in (low, *box.without(low)) if each.count]
+    ranks: list[list[Box]] = [[] for _ in range(draw(st.integers(1, 4)))]
+    for box in boxes:
+        ranks[draw(st.integers(0, len(ranks) - 1))].append(box)
+    return shape, ranks
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(coverings(), st.integers(8, 200))
+def test_boxes_of_any_kind_read_as_one_array(
+    save: Save, covering: tuple[tuple[int, ...], list[list[Box]]], chunk_bytes: int
+) -> None:
+    """Random coverings in, the same bits out, from a store that was never given a grid."""
+    shape, ranks = covering
+    w = np.random.default_rng(len(ranks)).standard_normal(shape).astype(np.float32)
+    states = []
+    for boxes in ranks:
+        local = np.concatenate([w[box.slices(Box.whole(shape))].ravel() for box in boxes] or [w[:0].ravel()])
+        states.append({"w": Shard(local, shape, tuple(boxes))})
+    target = open_storage(f"memory://{uuid.uuid4().hex}")
+    save(states, chunk_bytes=chunk_bytes, to=target)
+    array = open_checkpoint(f"{target.url}/{WHERE}")["w"]
+    assert np.array_equal(array[...], w)
+    assert np.array_equal(array[..., :2], w[..., :2])
+
+
+def test_a_chunk_of_flat_ranges_is_checked_and_never_half_filled(
+    save: Save, storage: Storage, load: Callable[[Source], Part], edit: Callable[[str, int, bytes], None]
+) -> None:
+    w = np.arange(1, 61, dtype=np.float32).reshape(12, 5)
+    flat = w.ravel()
+    cuts = [0, 13, 41, 60]
+    states = [
+        {"w": Shard.flat(flat[a:b], shape=w.shape, start=a)} for a, b in itertools.pairwise(cuts)
+    ]
+    sources = save(states)
+    url = f"{storage.url}/{WHERE}"
+    assert np.array_equal(open_checkpoint(url)["w"][:], w)
+    parts = [load(source) for source in sources]
+    packs = [(source.storage, part.pack_name) for source, part in zip(sources, parts, strict=True)]
+    lost = [replace(parts[0], chunks=parts[0].chunks[:-1]), *parts[1:]]
+    array = zarr.open_group(PackStore(lost, packs), mode="r")["w"]
+    with pytest.raises(CorruptError, match=r"w lacks the box of shape \[.*\] at \[2, 0\]"):
+        array[:]
+    edit(parts[1].pack_name, 0, b"\x99")
+    with pytest.raises(CorruptError, match="CRC32C"):
+        open_checkpoint(url)["w"][:]
+
+
+def test_ranks_that_describe_an_array_differently(save: Save, storage: Storage) -> None:
+    """Pipeline stages know different arrays; those that know the same one must agree."""
+    states = [
+        {"w": Shard.at(W.numpy()[:3], shape=(6, 4), offset=(0, 0))},
+        {"w": Shard.at(W.numpy()[3:].astype(np.float64), shape=(6, 4), offset=(3, 0))},
+    ]
+    save(states)
+    with pytest.raises(CorruptError, match=r"rank-1\.json has w as float64"):
+        open_checkpoint(f"{storage.url}/{WHERE}")
+
+
+def test_tensor_parallel_columns_are_read_once_each(save: Save, storage: Storage) -> None:
+    """The grid given to boxes is the one they keep to, where there is one."""
+    w = np.arange(64, dtype=np.float32).reshape(8, 8)
+    save([{"w": Shard.at(w[:, 4 * r : 4 * r + 4], shape=(8, 8), offset=(0, 4 * r))} for r in range(2)])
+    array = open_checkpoint(f"{storage.url}/{WHERE}")["w"]
+    assert array.chunks == (8, 4)
+    assert np.array_equal(array[:], w)

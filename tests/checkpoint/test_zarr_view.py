@@ -16,9 +16,11 @@ import torch
 import zarr
 
 from resilience.checkpoint import arrays as dt
-from resilience.checkpoint import dtypes
+from resilience.checkpoint import dtypes, zarr_view
+from resilience.checkpoint.catalog import catalog
 from resilience.checkpoint.part import Part
 from resilience.checkpoint.restore import Source
+from resilience.checkpoint.shard import Shard
 from resilience.checkpoint.zarr_view import chunk_places, metadata_documents, zarr_metadata
 from storage_backends import Storage
 
@@ -85,7 +87,8 @@ def open_refs(url, **options):
 
 READ = """
 group = open_refs(sys.argv[1] + "/refs.json")
-assert group.attrs["resilience"] == {"run": "run-1", "step": 10, "generation": 1, "world_size": 2}
+about = {"run": "run-1", "step": 10, "generation": 1, "world_size": 2, "references": "refs.json"}
+assert group.attrs["resilience"] == about
 f32, i64 = group["model/f32"], group["model/i64"]
 assert f32.dtype == np.float32 and f32.shape == (10, 7)
 assert np.array_equal(f32[:], np.arange(70, dtype=np.float32).reshape(10, 7) / 3)
@@ -139,7 +142,7 @@ def test_plain_zarr_raises_on_damage(
     saved: list[Part], storage: Storage, bare: Path, edit: Callable[[str, int, bytes], None], damage: str
 ) -> None:
     """No zeros for a lost pack: the reference filesystem does not take it for an empty chunk."""
-    place = chunk_places(saved)["model/f32/c/2/0"]
+    place = dict(chunk_places(catalog(saved)))["model/f32/c/2/0"]
     name = f"{WHERE}/rank-{place.rank}.pack"
     path = storage.path(name)
     assert path is not None
@@ -157,7 +160,7 @@ def test_plain_zarr_raises_on_damage(
 
 def test_every_document_is_what_zarr_itself_would_write(saved: list[Part]) -> None:
     """zarr-python writes the same metadata for the same arrays; only fields it omits may differ."""
-    documents = metadata_documents(saved)
+    documents = metadata_documents(catalog(saved), {})
     store = zarr.storage.MemoryStore()
     zarr.create_group(store)
     for name, key in (("f32", "model/f32"), ("scalar", "model/scalar")):
@@ -179,7 +182,7 @@ def test_every_document_is_what_zarr_itself_would_write(saved: list[Part]) -> No
 def test_every_type_has_valid_metadata(save: Save, load: Callable[[Source], Part], storage: Storage) -> None:
     state = {dtype: np.zeros(3, dt.numpy_dtype(dtype)) for dtype in dt.dtype_names()}
     (source,) = save([state], replicated=tuple(state))
-    documents = metadata_documents([load(source)])
+    documents = metadata_documents(catalog([load(source)]), {})
     for dtype in state:
         parsed = zarr.core.metadata.ArrayV3Metadata.from_dict(json.loads(documents[f"{dtype}/zarr.json"]))
         assert parsed.dtype.to_native_dtype() == dt.numpy_dtype(dtype)
@@ -199,8 +202,51 @@ def test_each_chunk_is_described_once_and_lies_in_its_pack(saved: list[Part]) ->
 
 def test_torch_bfloat16_is_bfloat16_in_zarr(save: Save, load: Callable[[Source], Part]) -> None:
     (source,) = save([{"w": torch.ones(3, dtype=torch.bfloat16)}])
-    document = json.loads(metadata_documents([load(source)])["rank-0/w/zarr.json"])
+    document = json.loads(metadata_documents(catalog([load(source)]), {})["rank-0/w/zarr.json"])
     assert (document["data_type"], document["codecs"][0]["configuration"]) == (
         "bfloat16",
         {"endian": "little"},
     )
+
+
+BARE = """
+group = zarr.open_group(sys.argv[1], mode="r")
+assert group.attrs["resilience"]["references"] == "refs.json"
+assert list(group) == [] and "model" not in group
+"""
+
+
+def test_the_directory_itself_shows_no_arrays_whose_chunks_would_read_as_zeros(
+    saved: list[Part], storage: Storage, bare: Path
+) -> None:
+    done = run_plain(bare, BARE, str(storage.path(WHERE)))
+    assert done.returncode == 0, done.stderr
+
+
+def test_boxes_of_any_kind_are_left_out_and_named(save: Save, load: Callable[[Source], Part]) -> None:
+    """A chunk that is not listed would read as zeros: half of an array is worse than none."""
+    w = np.arange(20, dtype=np.float32)
+    states = [
+        {"flat": Shard.flat(w[:7], shape=(4, 5), start=0), "whole": w},
+        {"flat": Shard.flat(w[7:], shape=(4, 5), start=7), "whole": w},
+    ]
+    parts = [load(source) for source in save(states, replicated=("whole",))]
+    files = zarr_metadata(parts, url="u")
+    about = json.loads(files["zarr.json"])["attributes"]["resilience"]
+    assert about["irregular"] == ["flat"]
+    refs = json.loads(files["refs.json"])["refs"]
+    assert "whole/c/0" in refs
+    assert not [key for key in refs if key.startswith("flat")]
+    assert json.loads(refs["zarr.json"])["attributes"]["resilience"] == about
+
+
+def test_above_a_number_of_chunks_there_is_no_reference_file(
+    save: Save, load: Callable[[Source], Part], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source,) = save([{"w": np.arange(100.0)}], chunk_bytes=80)
+    monkeypatch.setattr(zarr_view, "MAX_REFERENCES", 10)
+    assert set(zarr_metadata([load(source)], url="u")) == {"zarr.json", "refs.json"}
+    monkeypatch.setattr(zarr_view, "MAX_REFERENCES", 9)
+    files = zarr_metadata([load(source)], url="u")
+    assert set(files) == {"zarr.json"}
+    assert json.loads(files["zarr.json"])["attributes"]["resilience"]["references"] is None
