@@ -33,12 +33,13 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """One chunk: ``length`` bytes at ``offset`` of the pack of ``rank``; its CRC32C is in the four bytes after.
+    """One chunk: ``length`` bytes at ``offset`` of a pack; its CRC32C is in the four bytes after.
 
-    ``full`` is the shape of its payload: ``box.shape``, or the grid's, where the array ends inside the chunk.
+    ``rank`` wrote it; ``file`` is the pack's name in the checkpoint's directory: the rank's own, or a link. ``full`` is the shape of its payload: ``box.shape``, or the grid's, where the array ends inside the chunk.
     """
 
     rank: int
+    file: str
     box: Box
     full: tuple[int, ...]
     offset: int
@@ -147,7 +148,8 @@ def catalog(parts: Sequence[Part]) -> dict[str, Entry]:
         for chunk in part.chunks:
             array = part.arrays[chunk.array]
             full = chunk.box_shape if array.grid is None else array.grid
-            piece = Piece(part.rank, chunk.box, full, chunk.offset, chunk.length, chunk.crc32c)
+            file = part.pack_of(chunk).rpartition("/")[2]
+            piece = Piece(part.rank, file, chunk.box, full, chunk.offset, chunk.length, chunk.crc32c)
             pieces.setdefault(array.name, []).append(piece)
     found = {}
     for name, (array, rank) in arrays.items():

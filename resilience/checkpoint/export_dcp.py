@@ -71,7 +71,7 @@ def write(chosen: Selection, dest: str, *, overwrite: bool, report: Report) -> E
                     described[name] = BytesStorageMetadata()
                     stored[MetadataIndex(name)] = _StorageInfo(file_name, begin, length)
                     mapping[name] = path
-                for name, number, piece in sorted(pieces, key=lambda it: it[2].offset):
+                for name, number, piece in sorted(pieces, key=lambda it: (it[2].file, it[2].offset)):
                     begin, length = _save(torch, _tensor(torch, chosen, entries[name], piece), file)
                     for other in carriers[name]:
                         index = MetadataIndex(other, piece.box.offset, number)
@@ -90,7 +90,7 @@ def _boxes(entry: Entry) -> list[Box]:
 
 def _nothing(entry: Entry, rank: int) -> Piece:
     """DCP wants a chunk of an array without elements, too."""
-    return Piece(rank, Box.whole(entry.shape), entry.shape, 0, 0, 0)
+    return Piece(rank, "", Box.whole(entry.shape), entry.shape, 0, 0, 0)
 
 
 def _tensor(torch: Any, chosen: Selection, entry: Entry, piece: Piece) -> Any:

@@ -18,12 +18,12 @@ import numpy as np
 from resilience.checkpoint import arrays as _arrays
 from resilience.checkpoint.arrays import AnyArray
 from resilience.checkpoint.box import Box, cells, missing
-from resilience.checkpoint.catalog import Entry, Piece, catalog, lacks
-from resilience.checkpoint.pack import check_chunk, crc32c, read_range
+from resilience.checkpoint.catalog import HINT, Entry, Piece, catalog, lacks
+from resilience.checkpoint.pack import crc32c, read_range
 from resilience.checkpoint.part import Part
 from resilience.checkpoint.plan import CRC_BYTES
 from resilience.checkpoint.restore import Source, check_together, load_part
-from resilience.errors import InvalidError
+from resilience.errors import CorruptError, InvalidError
 from storage_backends import open_storage
 from storage_backends.base import Storage
 
@@ -36,7 +36,7 @@ class Packs:
 
     Args:
         parts: of all ranks.
-        packs: for each part, the storage and the object name of its pack.
+        packs: for each part, the storage and the object name of its pack. Links lie beside it.
 
     Attributes:
         entries: the arrays by name.
@@ -57,10 +57,25 @@ class Packs:
 
     def block(self, piece: Piece) -> bytes:
         """The payload of a piece and its CRC32C, as Zarr's ``crc32c`` codec wants it. Verified."""
-        storage, name = self.packs[piece.rank]
+        storage, pack = self.packs[piece.rank]
+        name = f"{pack.rpartition('/')[0]}/{piece.file}".lstrip("/")
         block = read_range(storage, name, piece.offset, piece.offset + piece.length + CRC_BYTES)
-        check_chunk(self.parts[piece.rank], block, 0, piece.length, piece.offset, piece.crc32c)
-        return block
+        stored = int.from_bytes(block[piece.length :], "little")
+        if crc32c(memoryview(block)[: piece.length]) == piece.crc32c == stored:
+            return block
+        part = self.parts[piece.rank]
+        end = piece.offset + piece.length
+        raise CorruptError(
+            f"pack {name} is damaged: the chunk at bytes {piece.offset:,} to {end:,} does not have the CRC32C "
+            f"{piece.crc32c:08x} that its part records",
+            operation="read pack",
+            path=name,
+            start=piece.offset,
+            end=end + CRC_BYTES,
+            step=part.step,
+            generation=part.generation,
+            hint=HINT,
+        )
 
     def piece(self, entry: Entry, piece: Piece) -> AnyArray:
         """What a piece holds of its array, in the carrier type, read-only. Verified."""

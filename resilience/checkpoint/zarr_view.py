@@ -50,7 +50,7 @@ def zarr_metadata(parts: Sequence[Part], *, url: str) -> dict[str, bytes]:
         documents = metadata_documents(regular, attributes)
         refs: dict[str, Any] = {key: data.decode() for key, data in documents.items()}
         for key, piece in chunk_places(regular):
-            refs[key] = ["{{u}}/" + f"rank-{piece.rank}.pack", piece.offset, piece.length + CRC_BYTES]
+            refs[key] = ["{{u}}/" + piece.file, piece.offset, piece.length + CRC_BYTES]
         references = {"version": 1, "templates": {"u": url.rstrip("/")}, "refs": refs}
         files[REFERENCES] = _dump(references)
     return files
