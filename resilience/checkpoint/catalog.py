@@ -35,7 +35,8 @@ Path = tuple[str | int, ...]
 class Piece:
     """One chunk: ``length`` bytes at ``offset`` of a pack; its CRC32C is in the four bytes after.
 
-    ``rank`` wrote it; ``file`` is the pack's name in the checkpoint's directory: the rank's own, or a link. ``full`` is the shape of its payload: ``box.shape``, or the grid's, where the array ends inside the chunk.
+    ``rank`` wrote it; ``file`` is the pack's name in the checkpoint's directory: the rank's own, or a link. ``full``
+    is the shape of its payload: ``box.shape``, or the grid's, where the array ends inside the chunk.
     """
 
     rank: int

@@ -14,6 +14,9 @@ from typing import Any
 from resilience.checkpoint.catalog import node_kind, places
 from resilience.checkpoint.export import Exported, Item, Report, Selection
 from resilience.checkpoint.export_target import Target
+from resilience.checkpoint.part import Part
+from resilience.checkpoint.plan import Scope, stored_name
+from resilience.checkpoint.tree import leaves
 from resilience.checkpoint.zarr_view import about
 from resilience.errors import InvalidError
 
@@ -144,9 +147,13 @@ def _metadata(chosen: Selection, items: Sequence[Item], notes: list[str]) -> dic
             found[item.name] = carriers[item.entry.same_as]
     values = {".".join(map(str, path)): node for path, node in chosen.values.items()}
     state: Any = {"values": values}
-    if len(parts) == 1 and chosen.whole:
-        state["skeleton"] = chosen.packs.first.state
-        state["names"] = {item.key: item.name for item in chosen.items}
+    skeleton = _skeleton(chosen)
+    if skeleton is not None:
+        part = chosen.packs.first
+        scopes = _scopes(part)
+        kept = sorted({node["n"] for node in _array_nodes(skeleton)})
+        names = {key: carriers[stored_name(key, scopes[key], rank=part.rank)] for key in kept}
+        state = {"skeleton": skeleton, "names": names, **state}
     for smaller in (state, {"values": values}):
         text = json.dumps(smaller, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         if len(text) <= _MAX_STATE:
@@ -154,6 +161,45 @@ def _metadata(chosen: Selection, items: Sequence[Item], notes: list[str]) -> dic
             return found
     notes.append(f"values that are not arrays are left out: {len(text):,} bytes are too many for a header")
     return found
+
+
+def _skeleton(chosen: Selection) -> Any:
+    """The state of what is exported whole and held alike by all ranks, for whoever imports it again.
+
+    Of several ranks that is the objects without anything of a rank's own: one rank's random numbers are no state for
+    all of them.
+    """
+    first = chosen.packs.first
+    parts = chosen.packs.parts.values()
+    if node_kind(first.state) not in ("dict", "odict"):
+        return first.state if len(parts) == 1 and chosen.whole else None
+    exported = {item.entry.name for item in chosen.items}
+    scopes = _scopes(first)
+    kept = []
+    for place, (key, value) in enumerate(zip(first.state["k"], first.state["v"], strict=True)):
+        nodes = [node.get("as", node["n"]) for node in _array_nodes(value)]
+        names = {stored_name(name, scopes[name], rank=first.rank) for name in nodes}
+        alone = len(parts) > 1 and (
+            any(scopes[name] is Scope.RANK for name in nodes)
+            or any(_at(part.state, place) != (key, value) for part in parts)
+        )
+        if not alone and names <= exported and (nodes or chosen.whole):
+            kept.append((key, value))
+    if not kept:
+        return None
+    return {"t": first.state["t"], "k": [key for key, _ in kept], "v": [value for _, value in kept]}
+
+
+def _at(state: Any, place: int) -> Any:
+    if node_kind(state) not in ("dict", "odict") or place >= len(state["k"]):
+        return None
+    return state["k"][place], state["v"][place]
+
+
+def _scopes(part: Part) -> dict[str, Scope]:
+    """The scope of each array of a rank's state; other names of the same bytes have that of the first."""
+    scopes = {part.key(array): array.scope for array in part.arrays}
+    return {place: scopes[key] for place, key in leaves(part.state)} | scopes
 
 
 def _array_nodes(state: Any) -> list[dict[str, Any]]:
