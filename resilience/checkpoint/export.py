@@ -150,13 +150,11 @@ def select(
     kept = {name for name, short in names.items() if wanted(short)}
     found.whole = len(kept) == len(names)
     seen: set[str] = set()
-    values: dict[Path, dict[int, Any]] = {}
     for rank, part in packs.parts.items():
         own: Path = (f"rank-{rank}",) if len(packs.parts) > 1 else ()
         arrays = {part.key(array): array for array in part.arrays}
         for path, node in places(part.state):
             if node_kind(node) != "array":
-                values.setdefault(path or ("value",), {})[rank] = node
                 continue
             scope = arrays[node["n"]].scope
             name = stored_name(node.get("as", node["n"]), scope, rank=rank)
@@ -169,12 +167,7 @@ def select(
         raise InvalidError(
             "no array is left to export", operation="export", hint="exclude less, or include more"
         )
-    for path, by_rank in values.items():
-        first = next(iter(by_rank.values()))
-        if all(node == first for node in by_rank.values()):
-            found.values[path] = first
-        else:
-            found.values.update({(f"rank-{rank}", *path): node for rank, node in by_rank.items()})
+    found.values = values_of(packs)
     # An object of which no array was chosen is not wanted, and neither are its values.
     objects = {item.path[: 2 if str(item.path[0]).startswith("rank-") else 1] for item in found.items}
     if not found.whole:
@@ -182,6 +175,24 @@ def select(
     if strip is not None:
         _strip(found, tuple(strip.strip("./").split(".")) if strip else ())
     _check_names(found.items)
+    return found
+
+
+def values_of(packs: Packs) -> dict[Path, Any]:
+    """The skeleton's nodes of what is not an array, by place: once where all ranks hold it alike, else each rank's
+    below ``rank-<r>``."""
+    values: dict[Path, dict[int, Any]] = {}
+    for rank, part in packs.parts.items():
+        for path, node in places(part.state):
+            if node_kind(node) != "array":
+                values.setdefault(path or ("value",), {})[rank] = node
+    found: dict[Path, Any] = {}
+    for path, by_rank in values.items():
+        first = next(iter(by_rank.values()))
+        if all(node == first for node in by_rank.values()):
+            found[path] = first
+        else:
+            found.update({(f"rank-{rank}", *path): node for rank, node in by_rank.items()})
     return found
 
 

@@ -126,7 +126,9 @@ class DcpSource:
                 tensor = self._tensor(name, item, stored)
                 # Without memory of its own: it only says what the tensor will be. One for all that are the same bytes.
                 if tensor.chunks not in made:
-                    made[tensor.chunks] = torch.empty((), dtype=getattr(torch, tensor.dtype)).expand(tensor.shape)
+                    made[tensor.chunks] = torch.empty((), dtype=getattr(torch, tensor.dtype)).expand(
+                        tensor.shape
+                    )
                 value = made[tensor.chunks]
                 tensors[id(value)] = tensor
             else:

@@ -29,6 +29,21 @@ COMMANDS = {
     "status": ("resilience.cli.status", "status_command", "Show where a run is, while it goes and after."),
     "history": ("resilience.cli.history", "history_command", "List runs, or tell what happened in one."),
     "verify": ("resilience.cli.verify", "verify_command", "Check every byte of every checkpoint of a run."),
+    "inspect": (
+        "resilience.cli.inspect",
+        "inspect_command",
+        "Show what a checkpoint holds, without reading its data.",
+    ),
+    "export": (
+        "resilience.cli.export",
+        "export_command",
+        "Write a checkpoint as safetensors, Zarr or torch's DCP.",
+    ),
+    "import": (
+        "resilience.cli.importing",
+        "import_command",
+        "Make a run from a safetensors or DCP checkpoint.",
+    ),
     "logs": ("resilience.cli.logs", "logs_command", "Print what the ranks of a run printed."),
     "demo": ("chaos.demo", "demo_command", "Train a small GPT, break it, and watch it go on."),
 }

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from resilience.cli.options import json_option, print_json, storage_option
+from resilience.cli.progress import Report, progress
 from resilience.errors import CorruptError, InvalidError
 
 if TYPE_CHECKING:
     from resilience.history.load import RunReader
     from resilience.journal.state import Checkpoint, LogState
     from storage_backends import Storage
-
-Report = Callable[[str, int, int], None]  # what is read, bytes done, bytes in all
 
 
 @dataclass
@@ -68,9 +64,9 @@ def verify_command(run: str, storage: str, as_json: bool, step: int | None, nvme
     state = fold(reader.records())
     log = list(reader.warnings)
     chosen = _choose(state, run, step)
-    near = nvme or _nvme(reader)
+    near = nvme or nvme_of(reader)
     results: list[Checked] = []
-    with _progress(quiet=as_json) as report:
+    with progress(quiet=as_json) as report:
         for checkpoint in chosen:
             for tier in sorted(checkpoint.tiers):
                 results.append(_check(reader, checkpoint, tier, near, report))
@@ -102,7 +98,7 @@ def _choose(state: LogState, run: str, step: int | None) -> list[Checkpoint]:
     return chosen
 
 
-def _nvme(reader: RunReader) -> str | None:
+def nvme_of(reader: RunReader) -> str | None:
     """The near tier's directory, as the run's newest start told it."""
     told = [event.data.get("nvme") for event in reader.events() if event.type == "run.started"]
     return told[-1] if told else None
@@ -116,7 +112,7 @@ def _check(reader: RunReader, checkpoint: Checkpoint, tier: str, nvme: str | Non
     result = Checked(checkpoint.step, checkpoint.generation, tier, entry.size)
     sources = []
     for part in entry.parts:
-        storage = reader.storage if tier == "shared" else _node_storage(nvme, reader.run, part.node)
+        storage = reader.storage if tier == "shared" else node_storage(nvme, reader.run, part.node)
         if storage is None:
             if part.node not in result.absent:
                 result.absent.append(part.node)
@@ -126,8 +122,8 @@ def _check(reader: RunReader, checkpoint: Checkpoint, tier: str, nvme: str | Non
         return result  # a checkpoint is whole only with all of its packs
     title = f"{checkpoint.ref} in {tier}"
 
-    def told(progress: VerifyProgress) -> None:
-        report(title, progress.done, progress.total)
+    def told(so_far: VerifyProgress) -> None:
+        report(title, so_far.done, so_far.total)
 
     found = list(verify(sources, step=checkpoint.step, generation=checkpoint.generation, progress=told))
     if found and _retired_since(reader, checkpoint):
@@ -137,7 +133,7 @@ def _check(reader: RunReader, checkpoint: Checkpoint, tier: str, nvme: str | Non
     return result
 
 
-def _node_storage(nvme: str | None, run: str, node: str) -> Storage | None:
+def node_storage(nvme: str | None, run: str, node: str) -> Storage | None:
     from storage_backends import child, open_storage
 
     if nvme is None:
@@ -150,27 +146,6 @@ def _retired_since(reader: RunReader, checkpoint: Checkpoint) -> bool:
     from resilience.journal.state import fold
 
     return checkpoint.ref in fold(reader.records()).retired
-
-
-@contextlib.contextmanager
-def _progress(*, quiet: bool) -> Iterator[Report]:
-    """A bar in a terminal, nothing elsewhere (each checkpoint gets its line anyway)."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda title, done, total: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    from resilience.history.format import console
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-    )
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda title, done, total: bar.update(task, description=title, completed=done, total=total)
 
 
 def _tell(result: Checked) -> None:

@@ -92,7 +92,7 @@ def test_verify_of_a_run_that_goes_on(
         for path in (saved / "runs/r/checkpoints/step-10-g1").iterdir():
             path.unlink()
 
-    monkeypatch.setattr(command, "_nvme", retire)
+    monkeypatch.setattr(command, "nvme_of", retire)
     result = verify()
     assert result.exit_code == 0, result.output
     assert "step 10, generation 1, shared: retired meanwhile" in result.stdout
