@@ -29,6 +29,7 @@ from resilience.errors import CorruptError
 
 HINT = "restore an older checkpoint; `resilience verify` lists the damaged ones"
 Path = tuple[str | int, ...]
+_CELL_BYTES = 1 << 20  # cells of a made-up grid are not made smaller for the sake of small pieces
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,25 @@ class Entry:
     def view_grid(self) -> tuple[int, ...]:
         """The grid of the array as a Zarr array: its own, or for boxes of any kind one that suits them.
 
-        That is the coarsest grid to which all its boxes keep, cut to ``CHUNK_BYTES``, so that each cell lies in one
-        piece; where that is too fine (flat ranges), whole rows.
+        That is the coarsest grid to which all its boxes keep, so that each cell lies in one piece; where that is too
+        fine (flat ranges), whole rows. Cells are about as large as the largest piece, so that who reads one of
+        them holds no more than who reads one of those.
         """
         if self.grid is not None:
             return self.grid
-        rows = chunk_grid(self.shape, self.itemsize, CHUNK_BYTES)
+        largest = max((piece.length for piece in self.pieces), default=0)
+        bound = min(max(largest, _CELL_BYTES), CHUNK_BYTES)
+        rows = chunk_grid(self.shape, self.itemsize, bound)
         if 0 in self.shape:
             return rows
-        unit = list(self.shape)
+        unit = [0] * len(self.shape)  # of the edges inside the array, along each axis
         for piece in self.pieces:
             for axis, (start, stop) in enumerate(zip(piece.box.offset, piece.box.end, strict=True)):
                 unit[axis] = math.gcd(unit[axis], start)
                 if stop < self.shape[axis]:
                     unit[axis] = math.gcd(unit[axis], stop)
-        sharding = Sharding((), (0,), tuple(unit))
-        natural = grid_of(ArraySpec(self.name, self.dtype, self.shape, False, sharding), CHUNK_BYTES)
+        sharding = Sharding((), (0,), tuple(u or n for u, n in zip(unit, self.shape, strict=True)))
+        natural = grid_of(ArraySpec(self.name, self.dtype, self.shape, False, sharding), bound)
         assert natural is not None
         enough = max(2 * len(self.pieces), cell_count(self.shape, rows))
         return natural if cell_count(self.shape, natural) <= enough else rows

@@ -224,7 +224,11 @@ def shown(name: str, packs: Packs) -> str:
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a pattern is of an array's name, or of a name above it."""
-    return name == pattern or name.startswith(pattern.rstrip("/") + "/") or fnmatch.fnmatchcase(name, pattern)
+    pattern = pattern.rstrip("/")
+    ends = [at for at, letter in enumerate(name) if letter == "/"]
+    return any(
+        fnmatch.fnmatchcase(name[:end], pattern) or name[:end] == pattern for end in (*ends, len(name))
+    )
 
 
 def _nothing(pattern: str, names: Iterable[str]) -> InvalidError:

@@ -106,7 +106,13 @@ def _tensor(torch: Any, chosen: Selection, entry: Entry, piece: Piece) -> Any:
 
 def _save(torch: Any, value: Any, file: Filled) -> tuple[int, int]:
     begin = file.end
-    torch.save(value, _Appender(file))
+    writer = _Appender(file)
+    try:
+        torch.save(value, writer)
+    except RuntimeError:
+        if writer.failed is not None:  # torch hides what went wrong behind what came of it
+            raise writer.failed from None
+        raise
     return begin, file.end - begin
 
 
@@ -115,12 +121,17 @@ class _Appender(io.RawIOBase):
 
     def __init__(self, file: Filled) -> None:
         self._file = file
+        self.failed: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self._file.append(data)
+        try:
+            self._file.append(data)
+        except OSError as error:
+            self.failed = error
+            raise
         return memoryview(data).nbytes
 
 

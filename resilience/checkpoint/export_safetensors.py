@@ -80,7 +80,8 @@ def write(chosen: Selection, dest: str, *, overwrite: bool, max_file_bytes: int,
             with target.file(INDEX) as file:
                 index = {"metadata": {"total_size": total}, "weight_map": where}
                 file.append(json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n")
-    return Exported(target.path, chosen.packs.first.step, len(items), total, len(files), notes)
+    count = len(files) + (len(files) > 1)  # with the index
+    return Exported(target.path, chosen.packs.first.step, len(items), total, count, notes)
 
 
 def _orphan(item: Item, chosen: Selection) -> bool:
@@ -145,6 +146,9 @@ def _metadata(chosen: Selection, items: Sequence[Item], notes: list[str]) -> dic
         if item.name not in written:
             assert item.entry.same_as is not None
             found[item.name] = carriers[item.entry.same_as]
+            notes.append(
+                f"{item.name} shares its bytes with {found[item.name]}, and is only named in __metadata__"
+            )
     values = {".".join(map(str, path)): node for path, node in chosen.values.items()}
     state: Any = {"values": values}
     skeleton = _skeleton(chosen)

@@ -155,7 +155,7 @@ class Filled:
         finally:
             os.close(self.fd)
 
-    def append(self, data: bytes | memoryview) -> int:
+    def append(self, data: bytes | bytearray | memoryview) -> int:
         """Write at the end of what was appended so far; where that was."""
         at = self.end
         os.lseek(self.fd, at, os.SEEK_SET)

@@ -78,8 +78,6 @@ class DcpSource:
             piece: AnyArray = whole[box.slices(Box.whole(array.shape)) or ...]
             return piece
         meeting = [(chunk, common, stored) for chunk, stored in held.chunks if (common := chunk.meet(box))]
-        if not array.shape:
-            meeting = [(chunk, chunk, stored) for chunk, stored in held.chunks]
         target = np.empty(box.shape, carrier(array.dtype))
         for chunk, common, stored in meeting:
             target[common.slices(box) or ...] = self._read(held, chunk, common, stored)

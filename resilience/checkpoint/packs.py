@@ -28,7 +28,7 @@ from storage_backends import open_storage
 from storage_backends.base import Storage
 
 _PART = re.compile(r"(?:.*/)?rank-(\d+)\.json")
-_KEPT = 64 << 20  # bytes of verified pieces kept: neighbouring boxes are often of the same pieces
+_KEPT = 32 << 20  # bytes of verified pieces kept: neighbouring boxes are often of the same pieces
 
 
 class Packs:
@@ -87,36 +87,37 @@ class Packs:
         Raises:
             CorruptError: some of it is in no pack, or a piece is damaged.
         """
+        target = np.empty(box.shape, _arrays.carrier(entry.dtype))
+        self._fill(entry, box, target)
+        return target
+
+    def _fill(self, entry: Entry, box: Box, target: AnyArray) -> None:
         pieces = self._meeting(entry, box)
         for hole in missing(box, [piece.box for piece in pieces]):
             raise lacks(entry.name, hole)
-        target = np.empty(box.shape, _arrays.carrier(entry.dtype))
         for piece in pieces:
             common = piece.box.meet(box)
-            if common is None:  # of a scalar, or met by its cell only
+            if common is None:  # it has a cell in common only
                 continue
             source = _shaped(entry, piece, self._remembered(piece))
             target[common.slices(box) or ...] = source[common.slices(piece.box) or ...]
-        return target
 
-    def cell(self, entry: Entry, index: Sequence[int]) -> bytes:
-        """A full chunk of the array's grid (``view_grid``) with its CRC32C after it, zeros where the array ends inside.
+    def cell(self, entry: Entry, index: Sequence[int]) -> bytearray:
+        """A full chunk of the array's grid (``Entry.view_grid``) with its CRC32C after it; zeros where the array
+        ends inside.
 
         Raises:
             CorruptError: as ``box``.
         """
         grid = entry.view_grid
-        whole = Box(tuple(i * g for i, g in zip(index, grid, strict=True)), grid)
-        inside = whole.meet(Box.whole(entry.shape))
-        assert inside is not None
-        values = self.box(entry, inside)
-        if inside != whole:
-            padded = np.zeros(grid, values.dtype)
-            corner: Any = (..., *map(slice, inside.shape))
-            padded[corner] = values
-            values = padded
-        payload = values.tobytes()
-        return payload + crc32c(payload).to_bytes(CRC_BYTES, "little")
+        box = Box(tuple(i * g for i, g in zip(index, grid, strict=True)), grid).meet(Box.whole(entry.shape))
+        assert box is not None
+        block = bytearray(math.prod(grid) * entry.itemsize + CRC_BYTES)  # the one copy that is made
+        payload = memoryview(block)[:-CRC_BYTES]
+        corner: Any = (..., *map(slice, box.shape))
+        self._fill(entry, box, np.frombuffer(payload, _arrays.carrier(entry.dtype)).reshape(grid)[corner])
+        block[-CRC_BYTES:] = crc32c(payload).to_bytes(CRC_BYTES, "little")
+        return block
 
     def _meeting(self, entry: Entry, box: Box) -> list[Piece]:
         """The pieces that may hold some of ``box``, looked up by the cells of the array's grid."""

@@ -94,7 +94,7 @@ class PackStore(Store):
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        data = self._documents.get(key)
+        data: bytes | bytearray | None = self._documents.get(key)
         if data is None:
             if not await self.exists(key):
                 self._refuse_hole(key)
@@ -175,7 +175,7 @@ class PackStore(Store):
         inside = all(i * g < n for i, g, n in zip(index, entry.view_grid, entry.shape, strict=True))
         return (entry, index) if inside else None
 
-    def _read(self, key: str) -> bytes:
+    def _read(self, key: str) -> bytes | bytearray:
         """A chunk with its CRC, as Zarr's ``crc32c`` codec wants it."""
         if key in self._places:
             return self._packs.block(self._places[key])
@@ -195,7 +195,7 @@ class PackStore(Store):
             )
 
 
-def _cut(data: bytes, wanted: Any) -> bytes:
+def _cut(data: bytes | bytearray, wanted: Any) -> bytes | bytearray:
     match wanted:
         case RangeByteRequest():
             return data[wanted.start : wanted.end]

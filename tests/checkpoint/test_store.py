@@ -225,9 +225,7 @@ def test_a_chunk_of_flat_ranges_is_checked_and_never_half_filled(
     w = np.arange(1, 61, dtype=np.float32).reshape(12, 5)
     flat = w.ravel()
     cuts = [0, 13, 41, 60]
-    states = [
-        {"w": Shard.flat(flat[a:b], shape=w.shape, start=a)} for a, b in itertools.pairwise(cuts)
-    ]
+    states = [{"w": Shard.flat(flat[a:b], shape=w.shape, start=a)} for a, b in itertools.pairwise(cuts)]
     sources = save(states)
     url = f"{storage.url}/{WHERE}"
     assert np.array_equal(open_checkpoint(url)["w"][:], w)
