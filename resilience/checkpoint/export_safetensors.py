@@ -93,7 +93,7 @@ def _orphan(item: Item, chosen: Selection) -> bool:
 def _check_types(items: Sequence[Item]) -> None:
     wrong = [item for item in items if item.entry.dtype not in DTYPES]
     if wrong:
-        names = ", ".join(item.entry.name for item in wrong[:5]) + (" …" if len(wrong) > 5 else "")
+        names = ", ".join(item.entry.name for item in wrong[:5]) + (" and more" if len(wrong) > 5 else "")
         raise InvalidError(
             f"safetensors has no data type {wrong[0].entry.dtype}: {names}",
             operation="export",

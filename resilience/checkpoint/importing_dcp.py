@@ -99,7 +99,7 @@ class DcpSource:
                     f"nothing in the checkpoint is named {pattern!r}",
                     operation="import",
                     path=pattern,
-                    hint=f"there are: {some}{' …' if len(described) > 5 else ''}",
+                    hint=f"there are: {some}{' and more' if len(described) > 5 else ''}",
                 )
         return [n for n in described if not any(_excluded(n, pattern) for pattern in exclude)]
 
