@@ -17,6 +17,7 @@ from resilience.control.types import Card
 
 BURST_S = 30.0  # MindCluster's rule of software faults: a kernel that hangs, hangs on many cards at once
 DAY_S = 86_400.0  # the window of MindCluster's frequency rules ("2 hits in 24 h")
+REPEAT_S = 5.0  # the same code of the same card within this is one hit (XIDs come in showers)
 _MOST = 4096  # faults remembered; far more than a day brings to the largest cluster
 
 
@@ -103,9 +104,13 @@ def judge(
             shunned = frozenset[Card]().union(*(s.shunned for s in burst))
             seen = Sightings(tuple(kept), software)
             return Verdict(seen, Action.WATCH, True, hit - claimed, shunned)
-    hits = 1 + sum(not s.cards.isdisjoint(cards) for s in alike)
+    before = [s for s in alike if not s.cards.isdisjoint(cards)]
+    repeated = bool(before) and now - before[-1].at <= REPEAT_S
+    hits = len(before) + (not repeated)
     if event.limit is not None and hits >= event.limit and not action.excludes:
         action = Action.REPLACE_CARD
+    if repeated and before[-1].action is action:
+        return Verdict(Sightings(tuple(kept), software), action, hits=hits)
     seen = Sightings((*kept, Sighting(now, code, cards, action, ran and not event.certain, shuns)), software)
     return Verdict(seen, action, hits=hits)
 

@@ -46,7 +46,7 @@ def test_two_dies_of_one_card_are_one_piece():
 
 
 def test_a_node_that_fails_as_a_whole_is_one_piece_but_two_of_them_are_software():
-    first, second, third = told(fault(0, A), fault(1, B), fault(2, C), action=Action.REPLACE_NODE)
+    _first, second, third = told(fault(0, A), fault(1, B), fault(2, C), action=Action.REPLACE_NODE)
     assert not second.software
     assert third.software and third.cleared == {A, B}
 
@@ -73,7 +73,12 @@ def test_a_code_with_a_limit_counts_on_its_card_for_a_day():
     assert [v.action for v in told(*events, action=Action.RESTART)] == [Action.RESTART, Action.RESTART]
     events[1] = replace(events[1], at=10, card=C)
     assert told(*events, action=Action.RESTART)[1].software
-    assert told(events[0], replace(events[0], at=1, limit=None), action=Action.RESTART)[1].hits == 2
+    assert told(events[0], replace(events[0], at=10, limit=None), action=Action.RESTART)[1].hits == 2
+
+
+def test_a_shower_of_one_code_is_one_hit():
+    events = [fault(at, A, limit=2) for at in (0, 1, 3, 5)]
+    assert {(v.action, v.hits) for v in told(*events, action=Action.RESTART)} == {(Action.RESTART, 1)}
 
 
 def test_what_put_a_card_out_is_known_and_says_nothing_new():
