@@ -18,7 +18,7 @@ from resilience.control.events import NodeLost, RankExited, RestoreFailed
 from resilience.control.faults import Action
 from resilience.control.retention import SHARED, remove
 from resilience.control.starting import subject
-from resilience.control.state import MOST_SIGNALS, Drain, Trouble, Turn
+from resilience.control.state import MOST_SIGNALS, Drain, State, Trouble, Turn
 from resilience.control.types import Incident, Outcome, Phase, Result
 
 LIVE = (Phase.STARTING, Phase.RUNNING, Phase.STOPPING)
@@ -242,7 +242,7 @@ def _decide(turn: Turn, incident: Incident, signal: Signal, avoided: bool) -> tu
         end = Outcome(Result.BUDGET_EXHAUSTED, reason, signal.rank, signal.exit)
         return "stop", "the budget of restarts is used up", end
     raised = _raised(state.trouble) if signal.action == Action.RESTART else None
-    if raised is not None and state.failures.count > TRIES:
+    if raised is not None and state.failures.count > TRIES and _elsewhere(state, signal):
         # The driver reports what a bad pointer does, too: with new processes and another card it is the code.
         reason = f"the function fails, and {TRIES} restarts did not help; the last time, {incident.cause}"
         return "stop", reason, Outcome(Result.USER_ERROR, raised.cause, raised.rank, raised.exit)
@@ -257,6 +257,12 @@ def _raised(trouble: Trouble | None) -> Signal | None:
     """The exception of the user's function among the signs, if there is one."""
     signals = trouble.signals if trouble is not None else ()
     return next((each for each in signals if each.kind == "user"), None)
+
+
+def _elsewhere(state: State, signal: Signal) -> bool:
+    """Whether another card than the one of ``signal`` has had such a fault too."""
+    others = (s.cards for s in state.sightings.seen if s.action is Action.RESTART)
+    return any(signal.card not in {str(card) for card in cards} for cards in others)
 
 
 def _rung(incident: Incident, avoided: bool, action: str) -> tuple[str, str]:

@@ -93,7 +93,14 @@ def test_a_driver_that_refuses_says_so(dcmi):
 
 
 def test_without_library_and_tool_it_says_what_to_do(drive, tmp_path):
-    code = "import ctypes; from resilience.cards.ascend import LIBRARIES\nfor p in LIBRARIES:\n try: ctypes.CDLL(p)\n except OSError: continue\n raise SystemExit(0)\nraise SystemExit(1)"
+    code = (
+        "import ctypes; from resilience.cards.ascend import LIBRARIES\n"
+        "for path in LIBRARIES:\n"
+        "    try: ctypes.CDLL(path)\n"
+        "    except OSError: continue\n"
+        "    raise SystemExit(0)\n"
+        "raise SystemExit(1)"
+    )
     if subprocess.run([sys.executable, "-c", code], check=False).returncode == 0:
         pytest.skip("this machine has libdcmi")
     answer = drive("NPU", ["0"], PATH=str(tmp_path)).ask()

@@ -157,7 +157,8 @@ def test_an_exception_explained_by_the_card_is_not_the_users(make_world):
     assert world.outcome is None
 
 
-def test_an_exception_that_restarts_do_not_help_is_the_users_in_the_end(make_world):
+@pytest.mark.parametrize("last", ["31", "13"], ids=["one code, soon: software", "another code"])
+def test_an_exception_that_restarts_do_not_help_is_the_users_in_the_end(make_world, last):
     """An illegal address is an XID as well: what comes again in place and on another card is the code."""
     world = make_world().run_to_step(23)
     for _ in range(2):
@@ -166,10 +167,19 @@ def test_an_exception_that_restarts_do_not_help_is_the_users_in_the_end(make_wor
                 world.card_of(1), "31", action=RESTART
             )
         )
-    world.raise_in(1, "RuntimeError: illegal memory access").fault(world.card_of(1), "31", action=RESTART)
+    world.raise_in(1, "RuntimeError: illegal memory access").fault(world.card_of(1), last, action=RESTART)
     world.until(lambda: world.outcome is not None)
     assert world.outcome.result is Result.USER_ERROR
     assert "illegal memory access" in world.outcome.exit.error
+
+
+def test_an_exception_that_one_card_explains_every_time_is_that_cards(make_world):
+    world = make_world(nodes_=2, spares=0).run_to_step(23)
+    card = world.card_of(1)
+    for _ in range(4):
+        world.raise_in(1, "RuntimeError: uncorrectable ECC").fault(card, "94", action=RESTART)
+        recover(world)
+    assert world.outcome is None
 
 
 @pytest.mark.parametrize("action", [action for action in Action if action.excludes])
