@@ -26,6 +26,7 @@ from resilience.run import Run
 
 if TYPE_CHECKING:
     from resilience.checkpoint.store import open_checkpoint
+    from resilience.runtime.report import report_fault
 
 __all__ = [
     "CorruptError",
@@ -41,12 +42,15 @@ __all__ = [
     "history",
     "job",
     "open_checkpoint",
+    "report_fault",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name == "open_checkpoint":
         return import_module("resilience.checkpoint.store").open_checkpoint
+    if name == "report_fault":
+        return import_module("resilience.runtime.report").report_fault
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

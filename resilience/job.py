@@ -133,12 +133,14 @@ class Job:
 
     def _spec(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Everything other processes need, as plain data; checked before anything is started."""
+        from resilience.cards.codes import VARIABLE, read_overrides
         from resilience.journal.format_file import ensure_format
         from resilience.runtime.entry import Entry
         from storage_backends import child, open_storage, probe
 
         options = self._options
         self._bind(arguments)
+        fault_codes = read_overrides(str(options.fault_codes or os.environ.get(VARIABLE, "")))
         for name, value in arguments.items():
             if not _plain(value):
                 raise InvalidError(
@@ -169,6 +171,7 @@ class Job:
             "nvme": nvme,
             "wanted": wanted,
             "faults": list(options.faults),
+            "fault_codes": fault_codes,
             "env": {
                 "OMP_NUM_THREADS": "1",
                 "OPENBLAS_NUM_THREADS": "1",

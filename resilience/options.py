@@ -36,6 +36,8 @@ class Options:
         start_deadline: seconds a generation may take until every rank has made a step.
         stop_deadline: seconds a clean stop may take.
         hang_floor: seconds without any progress before a hang is suspected (longer where steps are longer).
+        fault_codes: TOML file that overrides what fault codes of cards ask for (docs/cards.md), read where the job is
+            launched. Default: the file that ``RESILIENCE_FAULT_CODES`` names, if it is set.
         env: environment variables for every process of the run, on all nodes: ranks, and whoever reads and writes
             storage (credentials, where the nodes have none of their own). The launching process keeps its own.
         faults: planned faults for chaos tests (see ``chaos.faults``).
@@ -57,6 +59,7 @@ class Options:
     start_deadline: float = 600.0
     stop_deadline: float = 60.0
     hang_floor: float = 15.0
+    fault_codes: str | None = None
     env: dict[str, str] = field(default_factory=dict)
     faults: tuple[dict[str, Any], ...] = ()
 
@@ -88,6 +91,8 @@ class Options:
             _refuse("faults", self.faults, "a tuple of faults as chaos.faults makes them")
         if not isinstance(self.storage, str | os.PathLike) or not str(self.storage):
             _refuse("storage", self.storage, "a path or an fsspec URL")
+        if self.fault_codes is not None and not isinstance(self.fault_codes, str | os.PathLike):
+            _refuse("fault_codes", self.fault_codes, "the path of a TOML file")
         if self.nvme is not None and (not isinstance(self.nvme, str | os.PathLike) or not str(self.nvme)):
             _refuse("nvme", self.nvme, "a local directory")
 

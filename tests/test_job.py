@@ -63,6 +63,7 @@ def train(run, *, lr=0.1, sizes=()):
         ({"env": {"A": 1}}, "env={'A': 1}"),
         ({"card": ""}, "card=''"),
         ({"faults": "kill"}, "faults='kill'"),
+        ({"fault_codes": {"79": "watch"}}, "fault_codes={'79': 'watch'}"),
     ],
 )
 def test_an_impossible_option_is_refused_at_decoration_and_says_what_is_allowed(given, said):
@@ -156,6 +157,19 @@ def test_the_spec_is_plain_data_with_absolute_places(tmp_path, monkeypatch):
     assert (spec["env"]["A"], spec["env"]["OMP_NUM_THREADS"]) == ("1", "1")
     assert (tmp_path / "runs" / "n" / "FORMAT").is_file()
     assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+def test_fault_codes_come_from_the_option_or_the_environment_and_are_checked_at_launch(tmp_path, monkeypatch):
+    ours, cluster = tmp_path / "ours.toml", tmp_path / "cluster.toml"
+    ours.write_text('[codes]\n79 = { action = "watch" }\n')
+    cluster.write_text('[codes]\n79 = { action = "explode" }\n')
+    job = train.options(storage=str(tmp_path))
+    assert job._spec({})["fault_codes"] == {}
+    assert job.options(fault_codes=str(ours))._spec({})["fault_codes"]["79"]["action"] == "watch"
+    monkeypatch.setenv("RESILIENCE_FAULT_CODES", str(cluster))
+    assert job.options(fault_codes=str(ours))._spec({})["fault_codes"]["79"]["action"] == "watch"
+    with pytest.raises(InvalidError, match=r"cluster.toml: codes.79.action = 'explode'"):
+        job.launch(view="none")
 
 
 @pytest.mark.parametrize(

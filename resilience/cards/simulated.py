@@ -23,3 +23,6 @@ class SimulatedCards:
                 found.append(self._faults.get_nowait())
             except queue.Empty:
                 return found
+
+    def gaps(self) -> list[str]:
+        return []

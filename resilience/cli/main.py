@@ -45,6 +45,11 @@ COMMANDS = {
         "Make a run from a safetensors or DCP checkpoint.",
     ),
     "logs": ("resilience.cli.logs", "logs_command", "Print what the ranks of a run printed."),
+    "report-fault": (
+        "resilience.cli.report_fault",
+        "report_fault_command",
+        "Tell running runs that a card is bad.",
+    ),
     "demo": ("chaos.demo", "demo_command", "Train a small GPT, break it, and watch it go on."),
 }
 #: How a run ended → exit code. 2 is bad usage (click's own).

@@ -70,6 +70,7 @@ class Signal:
 
     ``at``: when it was observed; ``failed_at``: last sign of life before it. ``kind``, ``cause`` and
     ``confidence`` are the incident's when this signal is believed. ``again``: a restore that had failed before.
+    ``action``: what a card's fault asks for (``faults.Action``), empty for other signals.
     """
 
     at: float
@@ -83,6 +84,7 @@ class Signal:
     confidence: float = 1.0
     exit: Exit | None = None
     again: bool = False
+    action: str = ""
 
 
 def lost_peers(text: str) -> bool:

@@ -25,10 +25,12 @@ def charge(
     policy: Policy,
     *,
     again: bool = False,
+    reported: bool = False,
 ) -> tuple[Failures, frozenset[Card]]:
     """``failures`` with one more generation that failed at ``step``, and the cards to avoid from now on.
 
-    ``again``: a restore of what could not be read before either.
+    ``again``: a restore of what could not be read before either. ``reported``: the card itself told of
+    what a new process should clear.
     """
     if failures.committed or step > failures.step >= 0:
         failures = Failures(step=failures.step)
@@ -39,7 +41,8 @@ def charge(
     told = (*failures.story, story)[-min(_TOLD, policy.max_restarts + 1) :]
     blamed = dict(failures.blamed)
     avoid: frozenset[Card] = frozenset()
-    on_card = incident.kind in ("exit", "signal", "hang", "start") and incident.confidence >= 0.5
+    likely = incident.kind in ("exit", "signal", "hang", "start") and incident.confidence >= 0.5
+    on_card = reported or likely
     if on_card and incident.rank is not None and 0 <= incident.rank < len(table):
         card = table[incident.rank].card
         blamed = {card: blamed.get(card, 0) + 1}

@@ -41,12 +41,33 @@ class NodeLost:
 
 @dataclass(frozen=True)
 class CardFaulted:
-    """A card's health says it must not be used. ``code`` is the vendor's (or ``simulated``)."""
+    """A card's driver, or somebody else, reported a fault.
+
+    Attributes:
+        code: the vendor's (or ``simulated``).
+        action: what the code asks for: a value of ``faults.Action``; ``watch`` where nobody knows the code.
+        name: what the code means, if that is known.
+        affects: cards that fail with it (the other die of the same card).
+        limit: so many of the code on one card within a day are answered by replacing the card; ``None`` = never.
+        certain: whoever reported it chose the action: it is never taken for a fault of software.
+        source: who reported it: ``driver`` or the name a reporter gave.
+    """
 
     at: float
     card: Card
     code: str
     detail: str = ""
+    action: str = "replace card"
+    name: str = ""
+    affects: tuple[Card, ...] = ()
+    limit: int | None = None
+    certain: bool = False
+    source: str = "driver"
+
+    @property
+    def cards(self) -> frozenset[Card]:
+        """The card, and those that fail with it."""
+        return frozenset((self.card, *self.affects))
 
 
 @dataclass(frozen=True)

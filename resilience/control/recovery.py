@@ -14,14 +14,20 @@ from resilience.control import blame, budget, progress, starting
 from resilience.control.blame import Signal
 from resilience.control.commands import Quarantine
 from resilience.control.ending import complete, end_ranks, finish, saved
-from resilience.control.events import CardFaulted, NodeLost, RankExited, RestoreFailed
+from resilience.control.events import NodeLost, RankExited, RestoreFailed
+from resilience.control.faults import Action
 from resilience.control.retention import SHARED, remove
 from resilience.control.starting import subject
-from resilience.control.state import MOST_SIGNALS, Drain, Trouble, Turn
+from resilience.control.state import MOST_SIGNALS, Drain, State, Trouble, Turn
 from resilience.control.types import Incident, Outcome, Phase, Result
 
 LIVE = (Phase.STARTING, Phase.RUNNING, Phase.STOPPING)
+TRIES = 2  # restarts for a fault that a card and the user's exception both claim: in place, and elsewhere
 _SIGKILL = 9
+_OUT: dict[str, tuple[str, str]] = {
+    Action.RESET: ("replace card", "the card must be reset before it can be used again"),
+    Action.REPLACE_NODE: ("replace node", "the card is gone until its node is restarted"),
+}
 
 
 def node_lost(turn: Turn, *events: NodeLost) -> None:
@@ -51,29 +57,6 @@ def node_lost(turn: Turn, *events: NodeLost) -> None:
     else:
         drained(turn)
         starting.start(turn)
-
-
-def card_faulted(turn: Turn, event: CardFaulted) -> None:
-    """A card must not be used any more."""
-    state = turn.state
-    if event.card in state.cluster.excluded:
-        return
-    turn.record(
-        "card.faulted",
-        {"code": event.code, "detail": event.detail},
-        node=event.card.node,
-        card=str(event.card),
-    )
-    turn.put(cluster=state.cluster.exclude(event.card))
-    rank = next((a.rank for a in state.table if a.card == event.card), None)
-    if rank is None or (state.phase in LIVE and rank in state.pages.finished):
-        return
-    cause = f"card {event.card} reported {event.code}" + (f": {event.detail}" if event.detail else "")
-    signal = Signal(turn.now, event.at, blame.HARDWARE, "card", cause, rank, event.card.node, str(event.card))
-    before = turn.state.attempt
-    fail(turn, signal)
-    if turn.state.phase is Phase.FENCING and turn.state.attempt is before:
-        starting.spoil(turn)
 
 
 def rank_exited(turn: Turn, event: RankExited) -> None:
@@ -176,7 +159,13 @@ def verdict(turn: Turn) -> None:
         signals=others,
     )
     failures, avoid = budget.charge(
-        state.failures, incident, state.pages.top, state.table, state.policy, again=signal.again
+        state.failures,
+        incident,
+        state.pages.top,
+        state.table,
+        state.policy,
+        again=signal.again,
+        reported=signal.action == Action.RESTART,
     )
     turn.put(failures=failures, cluster=replace(state.cluster, avoided=state.cluster.avoided | avoid))
     decision, reason, end = _decide(turn, incident, signal, bool(avoid))
@@ -193,7 +182,7 @@ def verdict(turn: Turn) -> None:
         **subject(incident),
         urgent=True,
     )
-    _tell(turn, incident)
+    tell(turn, incident)
     turn.record("generation.ended", {"reason": incident.cause, "steps": state.pages.top})
     turn.put(open=(*state.open, incident), counted=state.counted + 1, believed=signal.strength)
     stop_all(turn, end)
@@ -252,16 +241,35 @@ def _decide(turn: Turn, incident: Incident, signal: Signal, avoided: bool) -> tu
         )
         end = Outcome(Result.BUDGET_EXHAUSTED, reason, signal.rank, signal.exit)
         return "stop", "the budget of restarts is used up", end
+    raised = _raised(state.trouble) if signal.action == Action.RESTART else None
+    if raised is not None and state.failures.count > TRIES and _elsewhere(state, signal):
+        # The driver reports what a bad pointer does, too: with new processes and another card it is the code.
+        reason = f"the function fails, and {TRIES} restarts did not help; the last time, {incident.cause}"
+        return "stop", reason, Outcome(Result.USER_ERROR, raised.cause, raised.rank, raised.exit)
     if incident.kind == "restore":
         return "restore older", "the chosen checkpoint cannot be restored", None
     if avoided and state.cluster.unblemished < len(state.table):
         return "restart", f"card {incident.card} failed twice in a row, but there is no spare for it", None
-    return (*_rung(incident, avoided), None)
+    return (*_rung(incident, avoided, signal.action), None)
 
 
-def _rung(incident: Incident, avoided: bool) -> tuple[str, str]:
-    if incident.kind == "card":
-        return "replace card", "the card reported a fault"
+def _raised(trouble: Trouble | None) -> Signal | None:
+    """The exception of the user's function among the signs, if there is one."""
+    signals = trouble.signals if trouble is not None else ()
+    return next((each for each in signals if each.kind == "user"), None)
+
+
+def _elsewhere(state: State, signal: Signal) -> bool:
+    """Whether another card than the one of ``signal`` has had such a fault too."""
+    others = (s.cards for s in state.sightings.seen if s.action is Action.RESTART)
+    return any(signal.card not in {str(card) for card in cards} for cards in others)
+
+
+def _rung(incident: Incident, avoided: bool, action: str) -> tuple[str, str]:
+    if incident.kind == "card" and action != Action.RESTART:
+        return _OUT.get(action, ("replace card", "the card reported a fault"))
+    if incident.kind == "card" and not avoided:
+        return "restart", "what the card reported ends with the process; the card itself is good"
     if incident.kind == "node":
         return "replace node", "the node is gone with its cards"
     if avoided:
@@ -290,14 +298,15 @@ def _attach(turn: Turn, signal: Signal) -> None:
             signals=(*(each for each in incident.signals if each != signal.cause), incident.cause),
             at={**incident.at, "failed": min(incident.at["failed"], signal.failed_at)},
         )
-        decision, reason = _rung(incident, False)
+        decision, reason = _rung(incident, False, signal.action)
         incident = replace(incident, decision=decision, reason=reason)
-        _tell(turn, incident)
+        tell(turn, incident)
         turn.put(believed=signal.strength)
     turn.put(open=(*state.open[:-1], incident))
 
 
-def _tell(turn: Turn, incident: Incident) -> None:
+def tell(turn: Turn, incident: Incident) -> None:
+    """Write down what is decided about an incident."""
     data = {"incident": incident.id, "decision": incident.decision, "reason": incident.reason}
     turn.record("incident.decided", data, **subject(incident), urgent=True)
 

@@ -13,6 +13,7 @@ from typing import Any
 from resilience.control.blame import Signal
 from resilience.control.cadence import Cadence
 from resilience.control.commands import Command, Record
+from resilience.control.faults import Sightings
 from resilience.control.persistent import Ranks
 from resilience.control.progress import Pages
 from resilience.control.restore import Place
@@ -62,6 +63,12 @@ class Cluster:
         node = self.nodes.get(card.node)
         here = node is not None and 0 <= card.index < node.cards
         return replace(self, excluded=self.excluded | {card}, available=self.available - here)
+
+    def readmit(self, card: Card) -> Cluster:
+        """An excluded card after all may be used: what it reported was not its own fault."""
+        node = self.nodes.get(card.node)
+        here = node is not None and 0 <= card.index < node.cards
+        return replace(self, excluded=self.excluded - {card}, available=self.available + here)
 
 
 @dataclass(frozen=True)
@@ -236,6 +243,7 @@ class State:
     counted: int = 0
     believed: int = 0
     failures: Failures = field(default_factory=Failures)
+    sightings: Sightings = field(default_factory=Sightings)
     safe_at: float = 0.0
     ending_at: float | None = None  # all ranks have finished: since when their last saves are awaited
     finishing: Finishing | None = None

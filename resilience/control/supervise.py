@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from resilience.control import checkpoints, ending, progress, recovery, starting, stopping, watch
+from resilience.control import cards, checkpoints, ending, progress, recovery, starting, stopping, watch
 from resilience.control.commands import Command
 from resilience.control.events import (
     CardFaulted,
@@ -86,7 +86,7 @@ def _answer(turn: Turn, event: Event) -> None:
         case NodeLost():
             recovery.node_lost(turn, event)
         case CardFaulted():
-            recovery.card_faulted(turn, event)
+            cards.card_faulted(turn, event)
         case StoreReady():
             starting.store_ready(turn, event)
         case Fenced():

@@ -295,6 +295,16 @@ WITH names AS (
 ), faults AS (
     SELECT run, card, count(*) AS faults, max(time) AS last_fault_at, arg_max(data ->> 'code', time) AS last_code
     FROM events WHERE type = 'card.faulted' GROUP BY ALL
+), hit AS (  -- what puts a card out of use: its own fault, or that of the other die of the same card
+    SELECT run, card, time FROM events WHERE type = 'card.faulted'
+        AND coalesce(data ->> 'action', 'replace card') IN ('reset', 'replace card', 'replace node')
+    UNION ALL SELECT run, unnest(CAST(data -> 'affects' AS VARCHAR[])), time FROM events WHERE type = 'card.faulted'
+        AND data ->> 'action' IN ('reset', 'replace card', 'replace node')
+), cleared AS (
+    SELECT run, card, max(time) AS cleared_at FROM events WHERE type = 'card.cleared' GROUP BY ALL
+), out AS (
+    SELECT h.run, h.card, max(h.time) AS out_at FROM hit h LEFT JOIN cleared k ON k.run = h.run AND k.card = h.card
+    WHERE k.cleared_at IS NULL OR h.time > k.cleared_at GROUP BY ALL
 ), blamed AS (
     SELECT run, card, count(*) AS failures FROM incidents WHERE card IS NOT NULL GROUP BY ALL
 ), used AS (
@@ -303,13 +313,14 @@ WITH names AS (
     SELECT run, max(generation) AS generation FROM generations WHERE started_at IS NOT NULL GROUP BY run
 )
 SELECT c.run, c.card, c.node,
-    CASE WHEN n.state IN ('lost', 'gone') THEN n.state WHEN f.last_fault_at >= s.started_at THEN 'failed'
+    CASE WHEN n.state IN ('lost', 'gone') THEN n.state WHEN o.out_at >= s.started_at THEN 'failed'
          WHEN u.last_generation = g.generation THEN 'active' ELSE 'spare' END AS state,
     coalesce(u.generations, 0) AS generations, coalesce(b.failures, 0) AS failures, coalesce(f.faults, 0) AS faults,
     f.last_code, f.last_fault_at
 FROM names c
 LEFT JOIN nodes n ON n.run = c.run AND n.node = c.node
 LEFT JOIN faults f ON f.run = c.run AND f.card = c.card
+LEFT JOIN out o ON o.run = c.run AND o.card = c.card
 LEFT JOIN blamed b ON b.run = c.run AND b.card = c.card
 LEFT JOIN used u ON u.run = c.run AND u.card = c.card
 LEFT JOIN newest g ON g.run = c.run

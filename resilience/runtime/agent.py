@@ -12,12 +12,16 @@ import queue
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from resilience.cards.health import CardFault
+from resilience.cards.probe import VISIBLE, devices, open_probe
 from resilience.cards.simulated import SimulatedCards
+from resilience.cards.watch import HealthWatch
 from resilience.checkpoint import retention
 from resilience.control.types import CheckpointRef
 from resilience.errors import ResilienceError
@@ -37,7 +41,7 @@ class NodeAgent:
     """Made by the supervisor, one per node.
 
     Args:
-        config: see ``NodeProcesses``; plus ``host`` and ``cards``.
+        config: see ``NodeProcesses``; plus ``host``, ``cards`` and ``card``, the Ray resource they are.
         supervisor: handle of the supervisor actor.
     """
 
@@ -52,11 +56,23 @@ class NodeAgent:
         self._slow_worker = threading.Thread(target=self._slow_loop, name="files", daemon=True)
         self._stopped = 0  # newest generation that was told to stop
         self._reporter = threading.Thread(target=self._report_loop, name="reports", daemon=True)
-        self._cards = SimulatedCards()
+        self._cards = SimulatedCards()  # on real ones too: what chaos tests inject
+        self._devices = devices(config["card"], config["cards"])
+        self._health = HealthWatch(
+            lambda: open_probe(config["card"], self._devices), self._faulted, self._warn
+        )
         self._poll_at = 0.0
         scratch = str(Path(config["nvme"].removeprefix("file://"))) if config["nvme"] else None
         self._outputs = Outputs(open_storage(config["shared"]), scratch, self._warn)
-        self._processes = NodeProcesses(config, self._outputs, self._observed.put)
+        self._processes = NodeProcesses(config, self._outputs, self._observe)
+
+    def _observe(self, seen: dict[str, Any]) -> None:
+        self._observed.put(seen)
+        if seen["t"] == "exited":
+            self._health.look()  # a card may explain it, and must do so before the blame has settled
+
+    def _faulted(self, fault: CardFault) -> None:
+        self._observed.put({"t": "card", **asdict(fault)})
 
     def _warn(self, message: str) -> None:
         self._observed.put({"t": "warning", "message": message})
@@ -66,6 +82,7 @@ class NodeAgent:
         self._processes.start()
         self._reporter.start()
         self._slow_worker.start()
+        self._health.start()
         return os.getpid()
 
     def lifeline(self) -> None:
@@ -88,7 +105,7 @@ class NodeAgent:
             else:
                 if kind == "stop":
                     self._stopped = max(self._stopped, order["generation"])
-                self._processes.order(order)
+                self._forward(order)
 
     def _slow_loop(self) -> None:
         """Orders that read or remove files: they may take long, and stop orders must not wait for them."""
@@ -104,7 +121,14 @@ class NodeAgent:
                 for rank in order["ranks"]:
                     rank["restore"]["unfetched"] = trouble
             if order["generation"] > self._stopped:  # its generation may have ended while we fetched
-                self._processes.order(order)
+                self._forward(order)
+
+    def _forward(self, order: dict[str, Any]) -> None:
+        """To the processes; ranks are told their card as its driver calls it, which Ray alone knows."""
+        variable = VISIBLE.get(self._config["card"])
+        for rank in order["ranks"] if order["t"] == "start" and variable else ():
+            rank["env"][variable] = self._devices[int(rank["env"][variable])]
+        self._processes.order(order)
 
     def read(self, name: str, start: int, end: int) -> bytes:
         """Bytes of a file of this node's nvme tier, for a peer that has to restore from it."""
@@ -160,10 +184,8 @@ class NodeAgent:
             batch = self._batch()
             if time.monotonic() >= self._poll_at:
                 self._poll_at = time.monotonic() + _POLL_S
-                for fault in self._cards.poll():
-                    batch.append(
-                        {"t": "card", "index": fault.index, "code": fault.code, "detail": fault.detail}
-                    )
+                batch += [{"t": "card", **asdict(fault)} for fault in self._cards.poll()]
+                self._health.check()
             number += 1
             # The same report is sent until it is answered: what is in it (a rank's end, a save) is said only once.
             while (welcome := self._report(number, batch)) is None:
@@ -210,6 +232,7 @@ class NodeAgent:
 
     def close(self) -> None:
         """End every process of this node; returns when they are gone, and files are removed that were to be."""
+        self._health.close()
         self._slow.put(None)
         if self._slow_worker.ident is not None:
             self._slow_worker.join(_PEER_S)

@@ -111,7 +111,7 @@ def cluster(card: str | None, cards: int) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
     if address:
         try:
-            _knock(address)
+            knock(address)
             ray.init(address=address, **quiet)
         except (ConnectionError, OSError) as error:
             raise UnavailableError(
@@ -129,7 +129,7 @@ def cluster(card: str | None, cards: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
+def knock(address: str) -> None:
     """``OSError`` if nobody listens at ``host:port``: Ray itself tries for minutes."""
     host, colon, port = address.rpartition(":")
     if "/" not in address and colon and port.isdigit():

@@ -203,6 +203,7 @@ class Nodes:
             "name": node.name,
             "host": node.host,
             "cards": node.cards,
+            "card": card,
             "run": spec["run"],
             "entry": spec["entry"],
             "env": spec["env"],

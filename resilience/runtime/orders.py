@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from resilience.cards.probe import VISIBLE
 from resilience.control.commands import StartRanks
 from resilience.control.types import Assignment
 from resilience.journal.state import LogState
 from resilience.runtime.nodes import Nodes
 from storage_backends import child
-
-# The variable by which an accelerator's runtime is told which card is its own.
-_CARD_VARIABLE = {"GPU": "CUDA_VISIBLE_DEVICES", "NPU": "ASCEND_RT_VISIBLE_DEVICES"}
 
 
 def start_order(
@@ -47,7 +45,10 @@ def start_order(
 
 
 def _environment(a: Assignment, command: StartRanks, spec: dict[str, Any], local: int) -> dict[str, str]:
-    """The variables torchrun would set: ``init_process_group()`` finds rank, world and store in them."""
+    """The variables torchrun would set: ``init_process_group()`` finds rank, world and store in them; and the card.
+
+    Cards are counted as NVML and Ray do, in PCI order; CUDA itself would put the fastest first.
+    """
     host, _, port = command.store.rpartition(":")
     return {
         "RANK": str(a.rank),
@@ -59,7 +60,8 @@ def _environment(a: Assignment, command: StartRanks, spec: dict[str, Any], local
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": str(command.generation),
         "TORCHELASTIC_RUN_ID": spec["run"],
-        _CARD_VARIABLE.get(spec["card"], "RESILIENCE_CARD"): str(a.card.index),
+        VISIBLE.get(spec["card"], "RESILIENCE_CARD"): str(a.card.index),
+        **({"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if spec["card"] == "GPU" else {}),
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from resilience.cards.codes import FaultCodes
 from resilience.control import commands as c
 from resilience.control import events as e
 from resilience.control.supervise import State, step
@@ -27,7 +28,7 @@ from resilience.runtime.faults import Faults
 from resilience.runtime.logkeeper import LogKeeper
 from resilience.runtime.nodes import Nodes
 from resilience.runtime.orders import start_order
-from resilience.runtime.translate import event_of, line_of
+from resilience.runtime.translate import event_of, fault_of, line_of
 from resilience.runtime.view import view_of
 from storage_backends import open_storage
 
@@ -38,8 +39,11 @@ _LEAVE_S = 30.0
 _ORPHAN_S = 60.0  # a finished supervisor whose caller never comes for the result ends itself
 
 
+PREFIX = "resilience:"
+
+
 def actor_name(run: str) -> str:
-    return f"resilience:{run}"
+    return PREFIX + run
 
 
 class Supervisor:
@@ -47,7 +51,7 @@ class Supervisor:
 
     Args:
         spec: plain data from the launcher: ``run, job, entry, env, arguments, policy, card, levels, storage, nvme,
-            faults, wanted``.
+            faults, fault_codes, wanted``.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -62,6 +66,7 @@ class Supervisor:
         self._chronicle = Chronicle(self._storage, run=spec["run"], source=self._source, broken=self._break)
         self._plan = [{**fault, "index": i} for i, fault in enumerate(spec["faults"])]
         self._faults = Faults(self._chronicle)
+        self._codes = FaultCodes.over(spec["fault_codes"])
         self._failpoints = Failpoints(self._plan, self._inject)
         self._log = LogKeeper(
             self._storage,
@@ -159,6 +164,21 @@ class Supervisor:
 
     def request_stop(self, reason: str) -> None:
         self._events.put(e.StopRequested(time.monotonic(), reason))
+
+    def report_fault(self, node: str, seen: dict[str, Any], storage: str | None) -> str | None:
+        """A third party reports a fault of a card of ``node`` (``seen`` as ``translate.fault_of`` takes it). ``None``:
+        taken; else why not. ``storage``: only if the run is kept there."""
+        if storage is not None and storage.rstrip("/") != self._spec["storage"].rstrip("/"):
+            return f"it is kept in {self._spec['storage']}"
+        nodes = self._state.cluster.nodes
+        if node not in nodes:
+            return f"it has no node {node!r}; its nodes: {', '.join(sorted(nodes)) or 'none yet'}"
+        if not 0 <= seen["index"] < nodes[node].cards:
+            return f"node {node} has {nodes[node].cards} cards, counted from 0"
+        if self._state.phase is Phase.DONE:
+            return "it has ended"
+        self._events.put(fault_of(node, seen, time.monotonic(), self._codes))
+        return None
 
     def abandon(self) -> None:
         """End everything now, without a last checkpoint; what is committed stays. Nothing happens while more than
@@ -301,7 +321,7 @@ class Supervisor:
                 self._value = seen["value"]
             if kind == "log" and seen["values"] and seen["rank"] == 0:
                 self._metrics = {**self._metrics, **seen["values"][-1]}
-            event = event_of(node, seen, at, self._restoring)
+            event = event_of(node, seen, at, self._restoring, self._codes)
             if event is not None:
                 self._events.put(event)
             line = line_of(node, seen)

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from resilience.cards.codes import FaultCodes
 from resilience.control import events as e
+from resilience.control.faults import Action
 from resilience.control.types import Card, CheckpointRef, Exit, RankProgress
 
 JournalLine = tuple[str, dict[str, Any], dict[str, Any]]  # type, data, subject
 
 
-def event_of(node: str, seen: dict[str, Any], at: float, restoring: CheckpointRef | None) -> e.Event | None:
+def event_of(
+    node: str, seen: dict[str, Any], at: float, restoring: CheckpointRef | None, codes: FaultCodes
+) -> e.Event | None:
     """The control event that an observation amounts to, ``None`` if it is only story.
 
     Args:
         restoring: the checkpoint the current generation was told to restore.
+        codes: what faults of cards ask for.
     """
     kind = seen["t"]
     generation, rank = seen.get("generation", 0), seen.get("rank", 0)
@@ -55,10 +60,33 @@ def event_of(node: str, seen: dict[str, Any], at: float, restoring: CheckpointRe
     if kind == "stopped":
         return e.RanksStopped(at, generation, node)
     if kind == "card":
-        return e.CardFaulted(at, Card(node, seen["index"]), seen["code"], seen["detail"])
+        return fault_of(node, seen, at, codes)
     if kind == "exited":
         return _exited(seen, at, restoring)
     return None
+
+
+def fault_of(node: str, seen: dict[str, Any], at: float, codes: FaultCodes) -> e.CardFaulted:
+    """A fault of a card, with what its code asks for: nothing but to be watched where nobody knows it.
+
+    Args:
+        seen: ``index, code, detail, affects``; of a third party's report also ``source``, and ``action`` where it
+            chose one itself.
+    """
+    code = codes.find(seen["code"])
+    chosen = seen.get("action")
+    return e.CardFaulted(
+        at,
+        Card(node, seen["index"]),
+        code.code if code else seen["code"],
+        seen["detail"],
+        chosen or (code.action if code else Action.WATCH).value,
+        code.name if code else "",
+        tuple(Card(node, index) for index in seen["affects"]),
+        code.limit if code and not chosen else None,
+        certain=bool(chosen),
+        source=seen.get("source", "driver"),
+    )
 
 
 def _exited(seen: dict[str, Any], at: float, restoring: CheckpointRef | None) -> e.Event | None:

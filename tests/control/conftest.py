@@ -164,8 +164,8 @@ class World:
         self.send(e.NodeLost(self.now, node, reason, self.now - 1.0))
         return self
 
-    def fault(self, card: Card, code: str = "sim") -> World:
-        self.send(e.CardFaulted(self.now, card, code))
+    def fault(self, card: Card, code: str = "sim", **more: Any) -> World:
+        self.send(e.CardFaulted(self.now, card, code, **more))
         return self
 
     def stop(self) -> World:

@@ -130,7 +130,7 @@ def test_a_faulted_card_is_replaced_and_never_used_again(make_world):
     assert (done["kind"], done["decision"]) == ("card", "replace card")
     assert world.card_of(1).node in {node.name for node in world.nodes.values()}
     for rank in (0, 2, 3):
-        world.run_for(8).fault(world.card_of(rank)).run_to(Phase.RUNNING)
+        world.run_for(8).fault(world.card_of(rank), f"sim-{rank}").run_to(Phase.RUNNING)
     assert card not in {a.card for a in world.state.table}
     assert len(world.recovered) == 4
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from resilience.control import commands as c
 from resilience.control import events as e
+from resilience.control.faults import Action
 from resilience.control.supervise import State, step
 from resilience.control.types import (
     Candidate,
@@ -129,7 +131,12 @@ class Adversary:
             self.send(e.NodeLost(self.now, name, "gone", self.now - 1))
 
     def fault(self, k: int) -> None:
-        self.send(e.CardFaulted(self.now, Card(f"n{k % max(1, self.names)}", k % 2), "sim"))
+        node = f"n{k % max(1, self.names)}"
+        affects = (Card(node, 1 - k % 2),) if k % 5 == 0 else ()
+        action = tuple(Action)[k // 7 % len(Action)]
+        limit = 2 if k % 3 == 0 else None
+        event = e.CardFaulted(self.now, Card(node, k % 2), f"sim-{k // 11 % 4}", "", action, affects=affects)
+        self.send(replace(event, limit=limit, certain=k % 13 == 0))
 
     def damage(self, k: int) -> None:
         attempt = self.state.attempt

@@ -276,6 +276,24 @@ def test_failed_card_and_lost_node(tmp_path: object, build: ModuleType) -> None:
     assert (nodes["node-a"]["state"], nodes["node-a"]["card_faults"]) == ("up", 1)
 
 
+def test_only_a_fault_that_puts_a_card_out_of_use_makes_it_failed(
+    tmp_path: object, build: ModuleType
+) -> None:
+    run = build.first_generation(str(tmp_path), "r")
+    faults = {
+        "node-a/0": {"code": "94", "action": "restart"},
+        "node-a/1": {"code": "X", "action": "replace card"},
+        "node-b/0": {"code": "80E18402", "action": "reset", "affects": ["node-b/1"]},
+    }
+    for card, data in faults.items():
+        run.tell(5.0, "card.faulted", {"detail": "", **data}, node=card.split("/")[0], card=card)
+    run.tell(6.0, "card.cleared", {"code": "X", "reason": "software"}, node="node-a", card="node-a/1")
+    run.seal()
+    cards = {row["card"]: row["state"] for row in History(str(tmp_path)).rows("cards")}
+    assert "failed" not in (cards["node-a/0"], cards["node-a/1"])
+    assert (cards["node-b/0"], cards["node-b/1"]) == ("failed", "failed")
+
+
 def test_a_zombie_record_is_no_checkpoint(tmp_path: object, build: ModuleType) -> None:
     from resilience.journal.records import Record, digest, encode
 
