@@ -1,13 +1,15 @@
-"""What the drivers below fsspec raise, in our words.
+"""What the drivers below fsspec do and raise, in our words.
 
-Owns the translation of errors of s3fs, gcsfs and adlfs (botocore, aiohttp, google, azure) without importing
-any of them: by HTTP status, by service error code, by errno, by class name. Must never turn an unknown error
-into a success or into "absent": what is not recognised goes on as it is, because it is a bug to be seen.
+Owns the bound on the time of a call, and the translation of errors of s3fs, gcsfs and adlfs (botocore, aiohttp,
+google, azure) without importing any of them: by HTTP status, by service error code, by errno, by class name.
+Must never turn an unknown error into a success or into "absent": what is not recognised goes on as it is,
+because it is a bug to be seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from resilience.errors import ExhaustedError, InvalidError, ResilienceError, UnavailableError
 from storage_backends.oserrors import translate
@@ -32,6 +34,19 @@ _NO_ANSWER = _words("""
 """)
 
 
+def call(fs: Any, method: str, *arguments: Any, seconds: float, **options: Any) -> Any:
+    """``fs.method(...)``, given up after ``seconds`` with ``TimeoutError``.
+
+    Drivers over a network are asynchronous inside, so that what they do can be cancelled, connection and all;
+    the others (files, memory) never wait for anybody.
+    """
+    if not getattr(fs, "async_impl", False):
+        return getattr(fs, method)(*arguments, **options)
+    from fsspec.asyn import sync
+
+    return sync(fs.loop, getattr(fs, f"_{method}"), *arguments, timeout=seconds, **options)
+
+
 def exists_already(error: BaseException) -> bool:
     """Whether a conditional write was answered "the name is taken"."""
     if isinstance(error, FileExistsError):
@@ -45,6 +60,11 @@ def exists_already(error: BaseException) -> bool:
 def past_the_end(error: BaseException) -> bool:
     """Whether a ranged read was answered "there is nothing at that offset"."""
     return any(_status(link) == 416 or _code(link) in ("InvalidRange", "416") for link in _chain(error))
+
+
+def upload_is_gone(error: BaseException) -> bool:
+    """Whether a request of a multipart upload was answered "there is no such upload"."""
+    return any(_code(link) == "NoSuchUpload" for link in _chain(error))
 
 
 def translate_driver(error: Exception, *, operation: str, path: str) -> Exception:

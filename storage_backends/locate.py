@@ -14,6 +14,7 @@ from resilience.errors import InvalidError
 from storage_backends.base import Storage, check_name
 from storage_backends.posix import PosixStorage
 from storage_backends.retry import RetryPolicy, RetryStorage
+from storage_backends.transfer import OnRetry, TransferPolicy
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # What to install for the schemes that can hold a run; fsspec names the package of every other one itself.
@@ -28,7 +29,13 @@ _INSTALL = {
 }
 
 
-def open_storage(url: str, *, retry: bool | RetryPolicy = True) -> Storage:
+def open_storage(
+    url: str,
+    *,
+    retry: bool | RetryPolicy = True,
+    transfer: TransferPolicy | None = None,
+    on_retry: OnRetry | None = None,
+) -> Storage:
     """The storage whose root is ``url``.
 
     Args:
@@ -36,11 +43,13 @@ def open_storage(url: str, *, retry: bool | RetryPolicy = True) -> Storage:
             fsspec knows.
         retry: repeat what failed with ``UnavailableError``: with the default policy, with the one given, or
             not at all. Sinks are not retried (see ``Sink``).
+        transfer: size, number and deadlines of the pieces in which object stores move bytes; see there.
+        on_retry: told of every piece that had to be repeated, from any thread; must not block.
 
     Raises:
         InvalidError: unknown scheme, or the package behind it is not installed (the hint names it).
     """
-    storage = _open(url)
+    storage = _open(url, transfer, on_retry)
     if retry is False:
         return storage
     return RetryStorage(storage, RetryPolicy() if retry is True else retry)
@@ -51,7 +60,7 @@ def child(url: str, *names: str) -> str:
     return "/".join((url.rstrip("/"), *(check_name(n) for n in names)))
 
 
-def _open(url: str) -> Storage:
+def _open(url: str, transfer: TransferPolicy | None, on_retry: OnRetry | None) -> Storage:
     match = _SCHEME.fullmatch(url)
     if not url or (match and not match[2].strip("/") and match[1].lower() != "file"):
         raise InvalidError(
@@ -73,7 +82,7 @@ def _open(url: str) -> Storage:
     _check_installed(scheme, url)
     from storage_backends.object import ObjectStorage
 
-    return ObjectStorage(f"{scheme}://{rest}")
+    return ObjectStorage(f"{scheme}://{rest}", transfer=transfer, on_retry=on_retry)
 
 
 def _absolute(path: str, url: str) -> str:

@@ -62,6 +62,7 @@ class Proxy:
     def __init__(self, target: str) -> None:
         self.plan: dict[str, list[str | tuple[int, str]]] = {}
         self.seen: list[str] = []
+        self.dropped: set[str] = set()  # names of headers that the server does not get to see
         proxy, host = self, urlsplit(target).netloc
 
         class Handler(BaseHTTPRequestHandler):
@@ -80,7 +81,8 @@ class Proxy:
                     self.answer(status, {"Content-Type": "application/xml"}, text)
                     return
                 connection = http.client.HTTPConnection(host, timeout=30)
-                connection.request(self.command, self.path, body, dict(self.headers))
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in proxy.dropped}
+                connection.request(self.command, self.path, body, headers)
                 reply = connection.getresponse()
                 text = reply.read()
                 connection.close()

@@ -16,6 +16,7 @@ from resilience.errors import ExhaustedError, InvalidError, UnavailableError
 from storage_backends import RetryPolicy, open_storage, probe
 from storage_backends.object import ObjectStorage
 from storage_backends.retry import RetryStorage
+from storage_backends.transfer import TransferPolicy
 
 PATIENT = RetryPolicy(sleep=lambda seconds: None)
 
@@ -73,12 +74,10 @@ def test_a_bare_412_means_taken(proxy: Any, bucket: str) -> None:
     assert storage.create("log/1", b"second") == b"first"
 
 
-def test_a_store_that_ignores_the_condition_is_refused(proxy: Any, bucket: str, monkeypatch: Any) -> None:
+def test_a_store_that_ignores_the_condition_is_refused(proxy: Any, bucket: str) -> None:
     """Some S3 clones accept If-None-Match and overwrite."""
     storage = ObjectStorage(f"s3://{bucket}/run")
-    fs = storage._connect()
-    real = fs.pipe_file
-    monkeypatch.setattr(fs, "pipe_file", lambda path, data, mode: real(path, data, mode="overwrite"))
+    proxy.dropped.add("if-none-match")
     with pytest.raises(InvalidError, match="ignores conditional writes"):
         probe(storage)
     assert storage.list() == []
@@ -186,20 +185,56 @@ def test_a_store_that_acknowledges_and_does_not_store_is_caught(proxy: Any, buck
         sink.commit()
 
 
-def test_many_parts_arrive_in_order(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from storage_backends import object_sink
-
-    monkeypatch.setattr(object_sink, "_PART", 5 << 20)
-    monkeypatch.setattr(object_sink, "_GROW", 3)  # 3 parts of 5 MiB, then 10 MiB, then 20
-    storage = ObjectStorage(f"s3://{bucket}/run")
+def test_many_parts_arrive_in_order(bucket: str) -> None:
+    storage = ObjectStorage(f"s3://{bucket}/run", transfer=TransferPolicy(part=5 << 20, memory=12 << 20))
     body = os.urandom(1 << 20)
     with storage.sink("a") as sink:
-        for number in range(50):
+        for number in range(52):
             sink.write(bytes([number]) + body[1:])
     whole = storage.read("a")
-    assert len(whole) == 50 << 20
-    assert [whole[number << 20] for number in range(50)] == list(range(50))
+    assert len(whole) == 52 << 20
+    assert [whole[number << 20] for number in range(52)] == list(range(52))
     assert whole[(33 << 20) + 1 : 34 << 20] == body[1:]
+
+
+def test_a_caller_may_use_its_buffer_again_after_each_write(bucket: str) -> None:
+    """The arena's slot and a reader's block are overwritten while parts of them are still on their way."""
+    storage = ObjectStorage(f"s3://{bucket}/run", transfer=TransferPolicy(part=5 << 20))
+    block = bytearray(3 << 20)
+    with storage.sink("a") as sink:
+        for number in range(1, 12):
+            block[:] = bytes([number]) * len(block)
+            sink.write(block)
+        block[:] = bytes(len(block))
+    assert storage.read("a") == b"".join(bytes([number]) * len(block) for number in range(1, 12))
+
+
+@pytest.mark.parametrize("size", [0, 1, (5 << 20) - 1, 5 << 20, (5 << 20) + 1, 10 << 20])
+def test_objects_around_the_size_of_a_part(bucket: str, size: int) -> None:
+    storage = ObjectStorage(f"s3://{bucket}/run", transfer=TransferPolicy(part=5 << 20))
+    body = os.urandom(size)
+    with storage.sink("a") as sink:
+        for at in range(0, size, 3_000_001):
+            sink.write(body[at : at + 3_000_001])
+    assert storage.read("a") == body
+    assert storage.read("a", 0, size + 1) == body
+
+
+def test_ranges_are_read_in_parallel_into_the_callers_memory(proxy: Any, bucket: str) -> None:
+    storage = ObjectStorage(f"s3://{bucket}/run", transfer=TransferPolicy(part=5 << 20))
+    body = os.urandom(23 << 20)
+    with storage.sink("a") as sink:
+        sink.write(body)
+    memory = bytearray(20 << 20)
+    view = memoryview(memory)
+    proxy.seen.clear()
+    ranges = [(7, view[: 11 << 20]), (20 << 20, view[11 << 20 : 15 << 20]), (30 << 20, view[15 << 20 :])]
+    assert storage.read_into("a", ranges) == [11 << 20, 3 << 20, 0]
+    assert memory[: 11 << 20] == body[7 : (11 << 20) + 7]
+    assert memory[11 << 20 : 14 << 20] == body[20 << 20 :]
+    assert sum(line.startswith("GET") for line in proxy.seen) == 3 + 1 + 1
+    with pytest.raises(FileNotFoundError):
+        storage.read_into("b", ranges)
 
 
 def test_after_fork_a_handle_says_so(bucket: str) -> None:
