@@ -91,13 +91,13 @@ class ObjectStorage:
             ) from error
         return None if held == data else held
 
-    def sink(self, name: str) -> Sink:
+    def sink(self, name: str, size: int | None = None) -> Sink:
         path = self._path(name)
         fs, url = self._connect(), f"{self._url}/{name}"
         upload: Upload
         if self._scheme in _S3:
             bucket, key, _ = fs.split_path(path)
-            upload = S3Upload(self._open_wire(fs), self._transfers, bucket, key, url)
+            upload = S3Upload(self._open_wire(fs), self._transfers, bucket, key, url, size)
         else:
             upload = SpooledUpload(fs, self._transfers, path, url)
         return ObjectSink(lambda: self.size(name), url, upload)
@@ -238,6 +238,9 @@ class ObjectStorage:
                 if self._scheme in _S3:
                     # Two layers of patience below ours would multiply: minutes until a dead endpoint is told.
                     fs.retries = 2
+                    patience = self._transfers.policy.stall_s
+                    for name, usual in (("connect_timeout", 5.0), ("read_timeout", 15.0)):  # s3fs's own
+                        fs.config_kwargs.setdefault(name, min(usual, patience))
                     fs.config_kwargs.setdefault("retries", {"total_max_attempts": 2, "mode": "standard"})
                 self._filesystem, self._root, self._process = fs, root.rstrip("/"), os.getpid()
             elif self._process != os.getpid():

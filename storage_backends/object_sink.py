@@ -114,8 +114,17 @@ class S3Upload:
     are used again.
     """
 
-    def __init__(self, wire: S3Bytes, transfers: Transfers, bucket: str, key: str, url: str) -> None:
-        self._wire, self._transfers, self._policy = wire, transfers, transfers.policy
+    def __init__(
+        self,
+        wire: S3Bytes,
+        transfers: Transfers,
+        bucket: str,
+        key: str,
+        url: str,
+        expected: int | None = None,
+    ) -> None:
+        self._wire, self._transfers = wire, transfers
+        self._policy = transfers.policy.for_size(expected)
         self._bucket, self._key, self._url = bucket, key, url
         self._buffer = bytearray()
         self._filled = 0

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from resilience.errors import InvalidError, UnavailableError
@@ -25,6 +25,7 @@ LARGEST_PART = 5 << 30  # of S3
 MOST_PARTS = 10_000  # of S3
 _STEADY = 2000  # parts of one size at first; from there on the size doubles every
 _DOUBLE = 1000
+_EVEN = 8000  # parts of an object whose size is known; the rest is for mistakes
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class TransferPolicy:
         stall_s: seconds in which some byte must move, or an answer come; after that the piece is abandoned.
         slowest: bytes a second below which a piece is abandoned although it moves. Its deadline is
             ``stall_s + size / slowest``: 94 s for 16 MiB.
+        steady: pieces of an upload before they begin to grow.
         retry: of a piece. The default tries four times.
     """
 
@@ -49,6 +51,7 @@ class TransferPolicy:
     memory: int = 256 << 20
     stall_s: float = 30.0
     slowest: float = 256 << 10
+    steady: int = _STEADY
     retry: RetryPolicy = field(default=RetryPolicy(attempts=4, seconds=600.0, longest=5.0))
 
     def __post_init__(self) -> None:
@@ -71,7 +74,14 @@ class TransferPolicy:
                 operation="write",
                 hint="give TransferPolicy a larger part, or save with more ranks",
             )
-        return min(self.part << max(0, (number - _STEADY) // _DOUBLE + 1), LARGEST_PART)
+        return min(self.part << max(0, (number - self.steady) // _DOUBLE + 1), LARGEST_PART)
+
+    def for_size(self, expected: int | None) -> TransferPolicy:
+        """The policy for an object of ``expected`` bytes: parts of one size. ``None``: not known, as it is."""
+        if expected is None:
+            return self
+        mebibytes = -(-expected // (_EVEN << 20))
+        return replace(self, part=min(max(self.part, mebibytes << 20), LARGEST_PART), steady=_EVEN)
 
     def under_way(self, size: int) -> int:
         """How many pieces of ``size`` bytes one upload may have on their way."""
