@@ -8,11 +8,15 @@ because it is a bug to be seen.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from resilience.errors import ExhaustedError, InvalidError, ResilienceError, UnavailableError
 from storage_backends.oserrors import translate
+
+# obstore's errors have no attributes, only the text of its answer.
+_ANSWER = re.compile(r"Server returned non-2xx status code: (\d{3})(?:.*?<Code>(\w+)</Code>)?", re.DOTALL)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -26,11 +30,11 @@ _BUSY_CODES = _words("""
 """)
 _FULL_CODES = _words("QuotaExceeded InsufficientStorage XMinioStorageFull XMinioStorageQuotaExceeded")
 _NO_BUCKET = _words("NoSuchBucket ContainerNotFound")
-_DRIVERS = _words("botocore aiobotocore aiohttp google gcsfs azure adlfs requests urllib3")
+_DRIVERS = _words("botocore aiobotocore aiohttp google gcsfs azure adlfs requests urllib3 obstore")
 # Class names by which drivers say "no answer"; base classes are looked at too.
 _NO_ANSWER = _words("""
     HTTPClientError ConnectionError ClientError ClientPayloadError TransportError ServiceRequestError
-    ServiceResponseError IncompleteReadError ResponseParserError HTTPError Timeout ProtocolError
+    ServiceResponseError IncompleteReadError ResponseParserError HTTPError Timeout ProtocolError GenericError
 """)
 
 
@@ -155,6 +159,8 @@ def _status(error: BaseException) -> int | None:
             ),
             None,
         )
+    if found is None and (answer := _answer(error)):
+        found = int(answer[1])
     return found if isinstance(found, int) and 300 <= found < 600 else None
 
 
@@ -164,8 +170,16 @@ def _code(error: BaseException) -> str | None:
         found = response.get("Error", {}).get("Code")
     else:
         found = getattr(error, "error_code", None)
+    if found is None and (answer := _answer(error)):
+        found = answer[2]
     return str(found) if found else None
 
 
-def _tell(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _answer(error: BaseException) -> re.Match[str] | None:
+    ours = type(error).__module__.partition(".")[0] == "obstore" or isinstance(error, FileNotFoundError)
+    return _ANSWER.search(str(error)) if ours else None
+
+
+def _tell(error: Exception) -> str:
+    text = str(error).partition("\n\nDebug source:")[0]  # pages of Rust, which say the same again
+    return f"{type(error).__name__}: {text}"

@@ -8,6 +8,7 @@ for it, and must not touch the store: nothing is created, and no connection is m
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 
 from resilience.errors import InvalidError
@@ -80,9 +81,33 @@ def _open(url: str, transfer: TransferPolicy | None, on_retry: OnRetry | None) -
         netloc, _, path = rest.strip("/").partition("/")
         return MemoryStorage(process_disk(netloc), path, url=f"memory://{rest.strip('/')}")
     _check_installed(scheme, url)
+    if scheme in ("s3", "s3a") and _driver(url) == "obstore":
+        from storage_backends.obstore_storage import ObstoreStorage
+
+        return ObstoreStorage(f"{scheme}://{rest}", transfer=transfer, on_retry=on_retry)
     from storage_backends.object import ObjectStorage
 
     return ObjectStorage(f"{scheme}://{rest}", transfer=transfer, on_retry=on_retry)
+
+
+def _driver(url: str) -> str:
+    """Which of the two that pass the same tests serves S3."""
+    name = os.environ.get("RESILIENCE_S3_DRIVER", "fsspec")
+    if name not in ("fsspec", "obstore"):
+        raise InvalidError(
+            f"RESILIENCE_S3_DRIVER is {name!r}",
+            operation="open_storage",
+            path=url,
+            hint="unset it, or set it to fsspec or obstore",
+        )
+    if name == "obstore" and importlib.util.find_spec("obstore") is None:
+        raise InvalidError(
+            "RESILIENCE_S3_DRIVER=obstore needs the package obstore",
+            operation="open_storage",
+            path=url,
+            hint="pip install 'resilience[obstore]'  (or: pip install obstore)",
+        )
+    return name
 
 
 def _absolute(path: str, url: str) -> str:

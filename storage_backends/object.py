@@ -209,8 +209,9 @@ class ObjectStorage:
             self._ask("delete_all", prefix, lambda: fs.rm(path, recursive=True))
         except FileNotFoundError:
             pass
-        if hasattr(fs, "abort_mpu"):  # S3 keeps, and bills, the parts of uploads whose writer died
-            self._ask("delete_all", prefix, lambda: _abort_uploads(fs, path))
+        if self._scheme in _S3:
+            wire, (bucket, key, _) = self._open_wire(fs), fs.split_path(path)
+            self._ask("delete_all", prefix, lambda: wire.sweep(bucket, f"{key}/"))
 
     def path(self, name: str) -> Path | None:
         check_name(name)
@@ -292,18 +293,3 @@ class ObjectStorage:
                 hint="create the bucket, or correct its name in the storage URL",
             )
         return translated
-
-
-def _abort_uploads(fs: Any, path: str) -> None:
-    bucket, key, _ = fs.split_path(path)
-    marker: dict[str, str] = {}
-    while True:
-        page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/", **marker)
-        for upload in page.get("Uploads", []):
-            try:
-                fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
-            except FileNotFoundError:
-                continue  # finished or aborted meanwhile
-        if not page.get("IsTruncated"):
-            return
-        marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}

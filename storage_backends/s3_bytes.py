@@ -13,11 +13,12 @@ import base64
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import google_crc32c
 
-from storage_backends.drivers import past_the_end
+from storage_backends.drivers import past_the_end, upload_is_gone
 from storage_backends.transfer import TransferPolicy
 
 _BLOCK = 1 << 20  # bytes handed to the socket at once: each block has stall_s of its own
@@ -57,6 +58,21 @@ class Body:
         return self._at
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a store is, and as whom to speak to it.
+
+    Attributes:
+        credentials: of botocore, which refreshes them; ``None`` where there are none.
+        anonymous: no credentials are wanted: requests are not signed.
+    """
+
+    endpoint: str
+    region: str
+    credentials: Any
+    anonymous: bool
+
+
 class S3Bytes:
     """Made from an s3fs file system; one per storage, thread-safe."""
 
@@ -64,7 +80,8 @@ class S3Bytes:
         self._policy = policy
         self._put_extra = dict(fs.s3_additional_kwargs)  # encryption and storage class, where configured
         self._get_extra = dict(fs.req_kw)
-        self._client = _client(fs, policy)
+        self._anonymous = bool(fs.anon)
+        self._client, self._credentials = _client(fs, policy)
         # "when_required" is how people tell that their service does not know checksums.
         self._checksums = self._client.meta.config.request_checksum_calculation != "when_required"
 
@@ -146,6 +163,35 @@ class S3Bytes:
         release()
         return filled
 
+    def sweep(self, bucket: str, prefix: str) -> None:
+        """Abort every unfinished upload of a key that begins with ``prefix``: S3 keeps, and bills, the parts of
+        writers that died."""
+        marker: dict[str, str] = {}
+        while True:
+            page = self._client.list_multipart_uploads(Bucket=bucket, Prefix=prefix, **marker)
+            for upload in page.get("Uploads", []):
+                try:
+                    self.abort(bucket, upload["Key"], upload["UploadId"])
+                except Exception as error:
+                    if not upload_is_gone(error):  # finished or aborted meanwhile
+                        raise
+            if not page.get("IsTruncated"):
+                return
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def place(self) -> Place:
+        """What another client needs to reach the same store.
+
+        Raises:
+            NoCredentialsError: of botocore.
+        """
+        from botocore.exceptions import NoCredentialsError
+
+        meta = self._client.meta
+        if self._credentials is None and not self._anonymous:
+            raise NoCredentialsError
+        return Place(meta.endpoint_url, meta.region_name or "us-east-1", self._credentials, self._anonymous)
+
     def close(self) -> None:
         self._client.close()
 
@@ -165,11 +211,12 @@ class S3Bytes:
         return {name: self._put_extra[name] for name in names if name in self._put_extra}
 
 
-def _client(fs: Any, policy: TransferPolicy) -> Any:
-    """A botocore client with the endpoint, credentials and options that ``fs`` would use."""
+def _client(fs: Any, policy: TransferPolicy) -> tuple[Any, Any]:
+    """A botocore client with the endpoint, credentials and options that ``fs`` would use; the credentials."""
     import botocore.session
     from botocore import UNSIGNED
     from botocore.config import Config
+    from botocore.credentials import Credentials
 
     session = botocore.session.Session(**fs.kwargs)
     given = {
@@ -201,7 +248,12 @@ def _client(fs: Any, policy: TransferPolicy) -> Any:
         "max_pool_connections": policy.parallel + 2,
         "response_checksum_validation": "when_required",  # every chunk has its CRC32C in its part
     }
-    return session.create_client("s3", config=Config(**options), **arguments)
+    client = session.create_client("s3", config=Config(**options), **arguments)
+    if fs.anon:
+        return client, None
+    names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    key, secret, token = (arguments.get(name) for name in names)
+    return client, Credentials(key, secret, token) if key else session.get_credentials()
 
 
 def _reader(body: Any) -> tuple[Callable[[memoryview], int], Callable[[], None]]:

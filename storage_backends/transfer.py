@@ -158,10 +158,14 @@ class Transfers:
 
     def submit(self, operation: str, path: str, size: int, attempt: Callable[[], T]) -> Future[T]:
         """``run`` on a lane."""
+        return self.lane(lambda: self.run(operation, path, size, attempt))
+
+    def lane(self, call: Callable[[], T]) -> Future[T]:
+        """``call`` on one of ``policy.parallel`` threads."""
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self.policy.parallel, thread_name_prefix="transfer")
-            return self._pool.submit(self.run, operation, path, size, attempt)
+            return self._pool.submit(call)
 
     def close(self) -> None:
         with self._lock:

@@ -65,6 +65,7 @@ class Proxy:
     def __init__(self, target: str) -> None:
         self.plan: dict[str, list[str | tuple[int, str]]] = {}
         self.seen: list[str] = []
+        self.keys: set[str] = set()  # access keys that signed what was seen
         self.dropped: set[str] = set()  # names of headers that the server does not get to see
         proxy, host = self, urlsplit(target).netloc
 
@@ -84,6 +85,8 @@ class Proxy:
                     self.answer(status, {"Content-Type": "application/xml"}, text)
                     return
                 connection = http.client.HTTPConnection(host, timeout=30)
+                _, _, signer = self.headers.get("Authorization", "").partition("Credential=")
+                proxy.keys.add(signer.partition("/")[0])
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in proxy.dropped}
                 connection.request(self.command, self.path, body, headers)
                 reply = connection.getresponse()
