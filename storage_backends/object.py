@@ -142,18 +142,20 @@ class ObjectStorage:
         path, fs, url = self._path(name), self._connect(), f"{self._url}/{name}"
         wire = self._open_wire(fs)
         bucket, key, _ = fs.split_path(path)
+        failed = threading.Event()
         pieces: list[list[Future[int]]] = []
         for start, buffer in ranges:
             check_range(start, None, name)
             view = buffer.cast("B")
             pieces.append([])
             for at, end in self._transfers.policy.split(start, view.nbytes):
-                attempt = partial(wire.read_into, bucket, key, at, view[at - start : end - start])
-                pieces[-1].append(self._transfers.submit(f"read {at}:{end}", url, end - at, attempt))
+                attempt = partial(wire.read_into, bucket, key, at, view[at - start : end - start], failed)
+                pieces[-1].append(self._transfers.submit(f"read {at}:{end}", url, end - at, attempt, failed))
         moving = [piece for pieces_of_range in pieces for piece in pieces_of_range]
         try:
             return [sum(piece.result() for piece in pieces_of_range) for pieces_of_range in pieces]
         finally:
+            failed.set()
             for piece in moving:
                 piece.cancel()
             wait(moving)  # nobody writes into the caller's memory after this

@@ -198,7 +198,9 @@ class S3Upload:
             )
             self._free.append(body)
 
-        self._moving.add(self._transfers.submit(f"upload part {number}", self._url, view.nbytes, attempt))
+        self._moving.add(
+            self._transfers.submit(f"upload part {number}", self._url, view.nbytes, attempt, self._cancelled)
+        )
         self._buffer, self._filled = bytearray(), 0
 
     def _settle(self, most: int) -> None:

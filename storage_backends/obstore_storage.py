@@ -37,7 +37,7 @@ from storage_backends.drivers import exists_already, past_the_end, translate_dri
 from storage_backends.object_sink import ObjectSink
 from storage_backends.ranges import Range
 from storage_backends.s3_bytes import S3Bytes
-from storage_backends.transfer import OnRetry, TransferPolicy, Transfers
+from storage_backends.transfer import LARGEST_PART, OnRetry, TransferPolicy, Transfers
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential
@@ -126,17 +126,19 @@ class ObstoreStorage:
             view[: len(data)] = memoryview(data)
             return len(data)
 
+        failed = threading.Event()
         pieces = []
         for start, buffer in ranges:
             check_range(start, None, name)
             view, of_range = buffer.cast("B"), []
             for at, end in self._transfers.policy.split(start, view.nbytes):
                 attempt = partial(fetch, at, view[at - start : end - start])
-                of_range.append(self._transfers.submit(f"read {at}:{end}", url, end - at, attempt))
+                of_range.append(self._transfers.submit(f"read {at}:{end}", url, end - at, attempt, failed))
             pieces.append(of_range)
         try:
             return [sum(piece.result() for piece in of_range) for of_range in pieces]
         finally:
+            failed.set()
             moving = [piece for of_range in pieces for piece in of_range]
             for piece in moving:
                 piece.cancel()
@@ -148,6 +150,8 @@ class ObstoreStorage:
 
     def link(self, source: str, target: str) -> bool:
         key, copy, store = self._key(source), self._key(target), self._connect()
+        if self.size(source) > LARGEST_PART:
+            return False  # more than one request of S3 copies; obstore makes no more than one
         self._ask("link", source, lambda: store.copy(key, copy))
         return True
 

@@ -19,13 +19,9 @@ from typing import Any
 import google_crc32c
 
 from storage_backends.drivers import past_the_end, upload_is_gone
-from storage_backends.transfer import TransferPolicy
+from storage_backends.transfer import Abandoned, TransferPolicy
 
 _BLOCK = 1 << 20  # bytes handed to the socket at once: each block has stall_s of its own
-
-
-class Abandoned(ConnectionError):
-    """The upload was cancelled while this part was on its way."""
 
 
 class Body:
@@ -41,7 +37,7 @@ class Body:
     def read(self, size: int | None = -1) -> bytes | memoryview:
         """The next block, whatever ``size`` is asked for (HTTP clients ask for 16 KiB); all of it for -1."""
         if self._cancelled.is_set():
-            raise Abandoned("the upload was cancelled")
+            raise Abandoned
         _check(self._until)
         at = self._at
         if size is None or size < 0:
@@ -137,7 +133,9 @@ class S3Bytes:
             Bucket=bucket, Key=key, UploadId=upload, **self._only(("RequestPayer",))
         )
 
-    def read_into(self, bucket: str, key: str, start: int, view: memoryview) -> int:
+    def read_into(
+        self, bucket: str, key: str, start: int, view: memoryview, cancelled: threading.Event
+    ) -> int:
         """Fill ``view`` from byte ``start`` on; the number of bytes, fewer where the object ends."""
         until = time.monotonic() + self._policy.deadline(view.nbytes)
         asked = f"bytes={start}-{start + view.nbytes - 1}"
@@ -152,6 +150,8 @@ class S3Bytes:
         filled = 0
         try:
             while filled < length:
+                if cancelled.is_set():
+                    raise Abandoned
                 _check(until)
                 count = fill(view[filled : min(filled + _BLOCK, length)])
                 if not count:

@@ -123,6 +123,10 @@ class Retried:
 OnRetry = Callable[[Retried], None]
 
 
+class Abandoned(Exception):
+    """Nobody wants this piece any more: its upload was cancelled, or another piece of its read failed."""
+
+
 class Transfers:
     """The lanes of one storage. Thread-safe."""
 
@@ -132,16 +136,31 @@ class Transfers:
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
 
-    def run(self, operation: str, path: str, size: int, attempt: Callable[[], T]) -> T:
-        """``attempt()``, repeated by the policy, its errors in our words. ``attempt`` minds the deadlines."""
+    def run(
+        self,
+        operation: str,
+        path: str,
+        size: int,
+        attempt: Callable[[], T],
+        cancelled: threading.Event | None = None,
+    ) -> T:
+        """``attempt()``, repeated by the policy, its errors in our words. ``attempt`` minds the deadlines.
+
+        Raises:
+            Abandoned: ``cancelled`` was set, before an attempt or during one that failed.
+        """
         began = 0.0
 
         def once() -> T:
             nonlocal began
             began = time.monotonic()
+            if cancelled is not None and cancelled.is_set():
+                raise Abandoned
             try:
                 return attempt()
             except Exception as error:
+                if cancelled is not None and cancelled.is_set():
+                    raise Abandoned from error
                 translated = translate_driver(error, operation=operation, path=path)
                 if translated is error:
                     raise
@@ -156,9 +175,16 @@ class Transfers:
 
         return self.policy.retry.call(once, on_repeat=tell)
 
-    def submit(self, operation: str, path: str, size: int, attempt: Callable[[], T]) -> Future[T]:
+    def submit(
+        self,
+        operation: str,
+        path: str,
+        size: int,
+        attempt: Callable[[], T],
+        cancelled: threading.Event | None = None,
+    ) -> Future[T]:
         """``run`` on a lane."""
-        return self.lane(lambda: self.run(operation, path, size, attempt))
+        return self.lane(lambda: self.run(operation, path, size, attempt, cancelled))
 
     def lane(self, call: Callable[[], T]) -> Future[T]:
         """``call`` on one of ``policy.parallel`` threads."""

@@ -17,8 +17,16 @@ from storage_backends import RetryPolicy
 from storage_backends.drivers import call
 from storage_backends.object import ObjectStorage
 from storage_backends.obstore_storage import ObstoreStorage
-from storage_backends.s3_bytes import Abandoned, Body
-from storage_backends.transfer import LARGEST_PART, MOST_PARTS, Retried, TransferPolicy, Transfers, timed_out
+from storage_backends.s3_bytes import Body
+from storage_backends.transfer import (
+    LARGEST_PART,
+    MOST_PARTS,
+    Abandoned,
+    Retried,
+    TransferPolicy,
+    Transfers,
+    timed_out,
+)
 
 MIB = 1 << 20
 QUICK = RetryPolicy(attempts=4, seconds=60, first=0.01, longest=0.05)
@@ -138,13 +146,30 @@ def test_a_permanent_error_is_not_repeated(proxy: Any, bucket: str) -> None:
     assert proxy.seen.count("PUT (403, 'AccessDenied')") == 1 and news == []
 
 
-def test_cancelling_does_not_wait_for_parts_on_their_way(
-    storage: ObjectStorage, wire: Any, bucket: str
+def test_cancelling_ends_the_parts_on_their_way_and_tells_nobody(
+    storage: ObjectStorage, wire: Any, news: list[Retried], bucket: str
 ) -> None:
     sink = storage.sink("a")
     sink.write(bytes(20 * MIB))
     sink.cancel()
-    assert uploads(bucket) == []
+    assert uploads(bucket) == [] and news == []
+
+
+def test_what_is_cancelled_is_not_repeated() -> None:
+    cancelled = threading.Event()
+    attempts = []
+
+    def attempt() -> None:
+        attempts.append(1)
+        cancelled.set()
+        raise ConnectionResetError
+
+    news: list[Retried] = []
+    transfers = Transfers(TransferPolicy(retry=QUICK), news.append)
+    for _ in range(2):
+        with pytest.raises(Abandoned):
+            transfers.run("read", "s3://b/a", 7, attempt, cancelled)
+    assert attempts == [1] and news == []
 
 
 def test_an_upload_holds_no_more_than_its_share_of_memory(bucket: str, aws: str) -> None:
