@@ -1,16 +1,22 @@
-"""What the drivers below fsspec raise, in our words.
+"""What the drivers below fsspec do and raise, in our words.
 
-Owns the translation of errors of s3fs, gcsfs and adlfs (botocore, aiohttp, google, azure) without importing
-any of them: by HTTP status, by service error code, by errno, by class name. Must never turn an unknown error
-into a success or into "absent": what is not recognised goes on as it is, because it is a bug to be seen.
+Owns the bound on the time of a call, and the translation of errors of s3fs, gcsfs and adlfs (botocore, aiohttp,
+google, azure) without importing any of them: by HTTP status, by service error code, by errno, by class name.
+Must never turn an unknown error into a success or into "absent": what is not recognised goes on as it is,
+because it is a bug to be seen.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from typing import Any
 
 from resilience.errors import ExhaustedError, InvalidError, ResilienceError, UnavailableError
 from storage_backends.oserrors import translate
+
+# obstore's errors have no attributes, only the text of its answer.
+_ANSWER = re.compile(r"Server returned non-2xx status code: (\d{3})(?:.*?<Code>(\w+)</Code>)?", re.DOTALL)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -24,12 +30,25 @@ _BUSY_CODES = _words("""
 """)
 _FULL_CODES = _words("QuotaExceeded InsufficientStorage XMinioStorageFull XMinioStorageQuotaExceeded")
 _NO_BUCKET = _words("NoSuchBucket ContainerNotFound")
-_DRIVERS = _words("botocore aiobotocore aiohttp google gcsfs azure adlfs requests urllib3")
+_DRIVERS = _words("botocore aiobotocore aiohttp google gcsfs azure adlfs requests urllib3 obstore")
 # Class names by which drivers say "no answer"; base classes are looked at too.
 _NO_ANSWER = _words("""
     HTTPClientError ConnectionError ClientError ClientPayloadError TransportError ServiceRequestError
-    ServiceResponseError IncompleteReadError ResponseParserError HTTPError Timeout ProtocolError
+    ServiceResponseError IncompleteReadError ResponseParserError HTTPError Timeout ProtocolError GenericError
 """)
+
+
+def call(fs: Any, method: str, *arguments: Any, seconds: float, **options: Any) -> Any:
+    """``fs.method(...)``, given up after ``seconds`` with ``TimeoutError``.
+
+    Drivers over a network are asynchronous inside, so that what they do can be cancelled, connection and all;
+    the others (files, memory) never wait for anybody.
+    """
+    if not getattr(fs, "async_impl", False):
+        return getattr(fs, method)(*arguments, **options)
+    from fsspec.asyn import sync
+
+    return sync(fs.loop, getattr(fs, f"_{method}"), *arguments, timeout=seconds, **options)
 
 
 def exists_already(error: BaseException) -> bool:
@@ -45,6 +64,11 @@ def exists_already(error: BaseException) -> bool:
 def past_the_end(error: BaseException) -> bool:
     """Whether a ranged read was answered "there is nothing at that offset"."""
     return any(_status(link) == 416 or _code(link) in ("InvalidRange", "416") for link in _chain(error))
+
+
+def upload_is_gone(error: BaseException) -> bool:
+    """Whether a request of a multipart upload was answered "there is no such upload"."""
+    return any(_code(link) == "NoSuchUpload" for link in _chain(error))
 
 
 def translate_driver(error: Exception, *, operation: str, path: str) -> Exception:
@@ -135,6 +159,8 @@ def _status(error: BaseException) -> int | None:
             ),
             None,
         )
+    if found is None and (answer := _answer(error)):
+        found = int(answer[1])
     return found if isinstance(found, int) and 300 <= found < 600 else None
 
 
@@ -144,8 +170,16 @@ def _code(error: BaseException) -> str | None:
         found = response.get("Error", {}).get("Code")
     else:
         found = getattr(error, "error_code", None)
+    if found is None and (answer := _answer(error)):
+        found = answer[2]
     return str(found) if found else None
 
 
-def _tell(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _answer(error: BaseException) -> re.Match[str] | None:
+    ours = type(error).__module__.partition(".")[0] == "obstore" or isinstance(error, FileNotFoundError)
+    return _ANSWER.search(str(error)) if ours else None
+
+
+def _tell(error: Exception) -> str:
+    text = str(error).partition("\n\nDebug source:")[0]  # pages of Rust, which say the same again
+    return f"{type(error).__name__}: {text}"

@@ -8,12 +8,14 @@ for it, and must not touch the store: nothing is created, and no connection is m
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 
 from resilience.errors import InvalidError
 from storage_backends.base import Storage, check_name
 from storage_backends.posix import PosixStorage
 from storage_backends.retry import RetryPolicy, RetryStorage
+from storage_backends.transfer import OnRetry, TransferPolicy
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # What to install for the schemes that can hold a run; fsspec names the package of every other one itself.
@@ -28,7 +30,13 @@ _INSTALL = {
 }
 
 
-def open_storage(url: str, *, retry: bool | RetryPolicy = True) -> Storage:
+def open_storage(
+    url: str,
+    *,
+    retry: bool | RetryPolicy = True,
+    transfer: TransferPolicy | None = None,
+    on_retry: OnRetry | None = None,
+) -> Storage:
     """The storage whose root is ``url``.
 
     Args:
@@ -36,11 +44,13 @@ def open_storage(url: str, *, retry: bool | RetryPolicy = True) -> Storage:
             fsspec knows.
         retry: repeat what failed with ``UnavailableError``: with the default policy, with the one given, or
             not at all. Sinks are not retried (see ``Sink``).
+        transfer: size, number and deadlines of the pieces in which object stores move bytes; see there.
+        on_retry: told of every piece that had to be repeated, from any thread; must not block.
 
     Raises:
         InvalidError: unknown scheme, or the package behind it is not installed (the hint names it).
     """
-    storage = _open(url)
+    storage = _open(url, transfer, on_retry)
     if retry is False:
         return storage
     return RetryStorage(storage, RetryPolicy() if retry is True else retry)
@@ -51,7 +61,7 @@ def child(url: str, *names: str) -> str:
     return "/".join((url.rstrip("/"), *(check_name(n) for n in names)))
 
 
-def _open(url: str) -> Storage:
+def _open(url: str, transfer: TransferPolicy | None, on_retry: OnRetry | None) -> Storage:
     match = _SCHEME.fullmatch(url)
     if not url or (match and not match[2].strip("/") and match[1].lower() != "file"):
         raise InvalidError(
@@ -71,9 +81,33 @@ def _open(url: str) -> Storage:
         netloc, _, path = rest.strip("/").partition("/")
         return MemoryStorage(process_disk(netloc), path, url=f"memory://{rest.strip('/')}")
     _check_installed(scheme, url)
+    if scheme in ("s3", "s3a") and _driver(url) == "obstore":
+        from storage_backends.obstore_storage import ObstoreStorage
+
+        return ObstoreStorage(f"{scheme}://{rest}", transfer=transfer, on_retry=on_retry)
     from storage_backends.object import ObjectStorage
 
-    return ObjectStorage(f"{scheme}://{rest}")
+    return ObjectStorage(f"{scheme}://{rest}", transfer=transfer, on_retry=on_retry)
+
+
+def _driver(url: str) -> str:
+    """Which of the two that pass the same tests serves S3."""
+    name = os.environ.get("RESILIENCE_S3_DRIVER", "fsspec")
+    if name not in ("fsspec", "obstore"):
+        raise InvalidError(
+            f"RESILIENCE_S3_DRIVER is {name!r}",
+            operation="open_storage",
+            path=url,
+            hint="unset it, or set it to fsspec or obstore",
+        )
+    if name == "obstore" and importlib.util.find_spec("obstore") is None:
+        raise InvalidError(
+            "RESILIENCE_S3_DRIVER=obstore needs the package obstore",
+            operation="open_storage",
+            path=url,
+            hint="pip install 'resilience[obstore]'  (or: pip install obstore)",
+        )
+    return name
 
 
 def _absolute(path: str, url: str) -> str:

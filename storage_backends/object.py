@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +26,11 @@ from storage_backends.base import (
     check_range,
     well_formed,
 )
-from storage_backends.drivers import exists_already, past_the_end, translate_driver
+from storage_backends.drivers import call, exists_already, past_the_end, translate_driver
 from storage_backends.object_sink import ObjectSink, S3Upload, SpooledUpload, Upload
+from storage_backends.ranges import Range, read_one_by_one
+from storage_backends.s3_bytes import S3Bytes
+from storage_backends.transfer import OnRetry, TransferPolicy, Transfers
 
 T = TypeVar("T")
 
@@ -38,8 +43,12 @@ _S3 = frozenset({"s3", "s3a"})
 class ObjectStorage:
     """Objects below an fsspec URL. Nothing is contacted before the first call."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self, url: str, *, transfer: TransferPolicy | None = None, on_retry: OnRetry | None = None
+    ) -> None:
         self._url = url.rstrip("/")
+        self._transfers = Transfers(transfer, on_retry)
+        self._wire: S3Bytes | None = None
         self._scheme = url.partition("://")[0]
         self._lock = threading.Lock()
         self._filesystem: Any = None
@@ -65,7 +74,7 @@ class ObjectStorage:
         path = self._path(name)
         fs, data = self._connect(), bytes(data)
         try:
-            fs.pipe_file(path, data, mode="create")
+            call(fs, "pipe_file", path, data, mode="create", seconds=self._patience(len(data)))
             return None
         except Exception as error:
             if not exists_already(error):
@@ -82,11 +91,16 @@ class ObjectStorage:
             ) from error
         return None if held == data else held
 
-    def sink(self, name: str) -> Sink:
+    def sink(self, name: str, size: int | None = None) -> Sink:
         path = self._path(name)
-        fs = self._connect()
-        upload: Upload = S3Upload(fs, path) if self._scheme in _S3 else SpooledUpload(fs, path)
-        return ObjectSink(fs, path, f"{self._url}/{name}", upload)
+        fs, url = self._connect(), f"{self._url}/{name}"
+        upload: Upload
+        if self._scheme in _S3:
+            bucket, key, _ = fs.split_path(path)
+            upload = S3Upload(self._open_wire(fs), self._transfers, bucket, key, url, size)
+        else:
+            upload = SpooledUpload(fs, self._transfers, path, url)
+        return ObjectSink(lambda: self.size(name), url, upload)
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         check_range(start, end, name)
@@ -94,6 +108,9 @@ class ObjectStorage:
         if end is not None and end <= start:
             self.size(name)  # absent is absent, also for an empty range
             return b""
+        if end is not None and end - start > self._transfers.policy.part and self._scheme in _S3:
+            buffer = memoryview(bytearray(end - start))
+            return bytes(buffer[: self.read_into(name, [(start, buffer)])[0]])
         fs = self._connect()
         # s3fs asks for the size first, so as to read large objects in parallel: a request more for each
         # record of the commit log, and large objects are read by range here.
@@ -101,19 +118,53 @@ class ObjectStorage:
 
         def fetch() -> bytes:
             try:
-                return bytes(fs.cat_file(path, start=start or None, end=end, **single))
+                found = call(
+                    fs,
+                    "cat_file",
+                    path,
+                    start=start or None,
+                    end=end,
+                    seconds=self._patience(self._transfers.policy.part),
+                    **single,
+                )
+                return bytes(found)
             except Exception as error:
-                if start and past_the_end(error):
+                if past_the_end(error):  # also the first byte of an empty object is
                     return b""
                 raise
 
         return self._ask("read", name, fetch)
 
+    def read_into(self, name: str, ranges: Sequence[Range]) -> list[int]:
+        """See ``ranges.read_into``. On S3 all pieces of all ranges travel in parallel, without a copy."""
+        if self._scheme not in _S3:
+            return read_one_by_one(self, name, ranges)
+        path, fs, url = self._path(name), self._connect(), f"{self._url}/{name}"
+        wire = self._open_wire(fs)
+        bucket, key, _ = fs.split_path(path)
+        failed = threading.Event()
+        pieces: list[list[Future[int]]] = []
+        for start, buffer in ranges:
+            check_range(start, None, name)
+            view = buffer.cast("B")
+            pieces.append([])
+            for at, end in self._transfers.policy.split(start, view.nbytes):
+                attempt = partial(wire.read_into, bucket, key, at, view[at - start : end - start], failed)
+                pieces[-1].append(self._transfers.submit(f"read {at}:{end}", url, end - at, attempt, failed))
+        moving = [piece for pieces_of_range in pieces for piece in pieces_of_range]
+        try:
+            return [sum(piece.result() for piece in pieces_of_range) for pieces_of_range in pieces]
+        finally:
+            failed.set()
+            for piece in moving:
+                piece.cancel()
+            wait(moving)  # nobody writes into the caller's memory after this
+
     def size(self, name: str) -> int:
         path, fs = self._path(name), self._connect()
 
         def look() -> int:
-            found = fs.info(path)
+            found = call(fs, "info", path, seconds=self._patience(0))
             if found["type"] != "file":
                 raise FileNotFoundError(2, "no such object", path)
             return int(found["size"])
@@ -132,8 +183,9 @@ class ObjectStorage:
         prefix = check_directory(prefix)
         fs = self._connect()
         path = f"{self._root}/{prefix}" if prefix else self._root
+        seconds = 10 * self._patience(0)  # a long listing is many requests
         try:
-            entries = self._ask("list", prefix, lambda: fs.ls(path, detail=True))
+            entries = self._ask("list", prefix, lambda: call(fs, "ls", path, detail=True, seconds=seconds))
         except FileNotFoundError:
             return []
         lead = f"{prefix}/" if prefix else ""
@@ -149,7 +201,7 @@ class ObjectStorage:
     def delete(self, name: str) -> None:
         path, fs = self._path(name), self._connect()
         try:
-            self._ask("delete", name, lambda: fs.rm_file(path))
+            self._ask("delete", name, lambda: call(fs, "rm_file", path, seconds=self._patience(0)))
         except FileNotFoundError:
             return
 
@@ -159,16 +211,21 @@ class ObjectStorage:
             self._ask("delete_all", prefix, lambda: fs.rm(path, recursive=True))
         except FileNotFoundError:
             pass
-        if hasattr(fs, "abort_mpu"):  # S3 keeps, and bills, the parts of uploads whose writer died
-            self._ask("delete_all", prefix, lambda: _abort_uploads(fs, path))
+        if self._scheme in _S3:
+            wire, (bucket, key, _) = self._open_wire(fs), fs.split_path(path)
+            self._ask("delete_all", prefix, lambda: wire.sweep(bucket, f"{key}/"))
 
     def path(self, name: str) -> Path | None:
         check_name(name)
         return None
 
     def close(self) -> None:
+        self._transfers.close()
         with self._lock:
+            wire, self._wire = self._wire, None
             self._filesystem = None  # its finalizer closes the connections
+        if wire is not None:
+            wire.close()
 
     def _connect(self) -> Any:
         with self._lock:
@@ -184,6 +241,9 @@ class ObjectStorage:
                 if self._scheme in _S3:
                     # Two layers of patience below ours would multiply: minutes until a dead endpoint is told.
                     fs.retries = 2
+                    patience = self._transfers.policy.stall_s
+                    for name, usual in (("connect_timeout", 5.0), ("read_timeout", 15.0)):  # s3fs's own
+                        fs.config_kwargs.setdefault(name, min(usual, patience))
                     fs.config_kwargs.setdefault("retries", {"total_max_attempts": 2, "mode": "standard"})
                 self._filesystem, self._root, self._process = fs, root.rstrip("/"), os.getpid()
             elif self._process != os.getpid():
@@ -194,6 +254,19 @@ class ObjectStorage:
                     hint="open the storage in the process that uses it: connections do not survive a fork",
                 )
             return self._filesystem
+
+    def _open_wire(self, fs: Any) -> S3Bytes:
+        with self._lock:
+            if self._wire is None:
+                try:
+                    self._wire = S3Bytes(fs, self._transfers.policy)
+                except Exception as error:
+                    raise translate_driver(error, operation="open", path=self._url) from error
+            return self._wire
+
+    def _patience(self, size: int) -> float:
+        """Seconds for a call of s3fs, gcsfs or adlfs: they repeat requests by themselves."""
+        return 4 * self._transfers.policy.deadline(size)
 
     def _path(self, name: str) -> str:
         check_name(name)
@@ -222,18 +295,3 @@ class ObjectStorage:
                 hint="create the bucket, or correct its name in the storage URL",
             )
         return translated
-
-
-def _abort_uploads(fs: Any, path: str) -> None:
-    bucket, key, _ = fs.split_path(path)
-    marker: dict[str, str] = {}
-    while True:
-        page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/", **marker)
-        for upload in page.get("Uploads", []):
-            try:
-                fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
-            except FileNotFoundError:
-                continue  # finished or aborted meanwhile
-        if not page.get("IsTruncated"):
-            return
-        marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}

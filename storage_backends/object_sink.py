@@ -8,15 +8,20 @@ them completes the upload), so they are not used.
 from __future__ import annotations
 
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from resilience.errors import InvalidError, UnavailableError
-from storage_backends.drivers import translate_driver
+from storage_backends.drivers import call, translate_driver, upload_is_gone
+from storage_backends.s3_bytes import S3Bytes
+from storage_backends.transfer import Transfers
 
-_PART = 16 << 20  # bytes of a part, at first; smaller objects are a single put
-_GROW = 1000  # parts of one size before the next is doubled: S3 takes 10,000 parts, so 16 TiB fit
-_PARALLEL = 4  # parts on their way at once; one stream alone does not fill a network
+T = TypeVar("T")
+
+_SPOOL = 16 << 20  # bytes that a spooled object may have in memory
 
 
 class Upload(Protocol):
@@ -33,8 +38,8 @@ class Upload(Protocol):
 class ObjectSink:
     """One object on its way: one use, cancelled by any error, its size checked after publication."""
 
-    def __init__(self, fs: Any, path: str, url: str, upload: Upload) -> None:
-        self._fs, self._path, self._url, self._upload = fs, path, url, upload
+    def __init__(self, size: Callable[[], int], url: str, upload: Upload) -> None:
+        self._published, self._url, self._upload = size, url, upload
         self._size = 0
         self._state = "open"
 
@@ -51,7 +56,7 @@ class ObjectSink:
         self._need_open("commit")
         try:
             self._upload.publish()
-            size = int(self._fs.info(self._path)["size"])
+            size = self._published()
         except BaseException as error:
             raise self._dead(error, "commit") from error
         if size != self._size:
@@ -103,67 +108,118 @@ class ObjectSink:
 
 
 class S3Upload:
-    """A multipart upload of S3, its parts sent in parallel; a single put below one part."""
+    """A multipart upload of S3, its parts sent in parallel and repeated one by one; one put below one part.
 
-    def __init__(self, fs: Any, path: str) -> None:
-        self._fs, self._path = fs, path
-        self._bucket, self._key, _ = fs.split_path(path)
+    Holds at most ``TransferPolicy.memory`` bytes on their way and one part that is being filled; their buffers
+    are used again.
+    """
+
+    def __init__(
+        self,
+        wire: S3Bytes,
+        transfers: Transfers,
+        bucket: str,
+        key: str,
+        url: str,
+        expected: int | None = None,
+    ) -> None:
+        self._wire, self._transfers = wire, transfers
+        self._policy = transfers.policy.for_size(expected)
+        self._bucket, self._key, self._url = bucket, key, url
         self._buffer = bytearray()
+        self._filled = 0
+        self._free: list[bytearray] = []
         self._id = ""
-        self._pool: ThreadPoolExecutor | None = None
-        self._parts: list[Future[dict[str, Any]]] = []
+        self._sent = 0
+        self._moving: set[Future[None]] = set()
+        self._done: list[dict[str, Any]] = []
+        self._cancelled = threading.Event()
 
     def write(self, view: memoryview) -> None:
         while view:
-            size = _PART << (len(self._parts) // _GROW)
-            taken = view[: size - len(self._buffer)]
-            self._buffer += taken
+            size = self._policy.size(self._sent)
+            if len(self._buffer) != size:
+                self._grow(size, len(view))
+            taken = view[: len(self._buffer) - self._filled]
+            self._buffer[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
             view = view[len(taken) :]
-            if len(self._buffer) == size:
+            if self._filled == size:
                 self._send()
 
     def publish(self) -> None:
         if not self._id:
-            self._fs.pipe_file(self._path, bytes(self._buffer), mode="overwrite")
+            body = memoryview(self._buffer)[: self._filled]
+            self._run("upload", lambda: self._wire.put(self._bucket, self._key, body, self._cancelled))
             return
-        if self._buffer:
+        if self._filled:
             self._send()
-        parts = [part.result() for part in self._parts]
-        self._call("complete_multipart_upload", UploadId=self._id, MultipartUpload={"Parts": parts})
-        self._stop()
+        self._settle(0)
+        self._done.sort(key=lambda part: int(part["PartNumber"]))
+        self._run("complete the upload", self._complete)
 
     def discard(self) -> None:
-        self._buffer = bytearray()
-        self._stop()
+        self._cancelled.set()  # parts on their way end at their next block
+        for part in self._moving:
+            part.cancel()
+        wait(self._moving)
+        self._moving.clear()
+        self._buffer, self._free = bytearray(), []
         if self._id:
             try:
-                self._call("abort_multipart_upload", UploadId=self._id)
+                self._wire.abort(self._bucket, self._key, self._id)
             except Exception:  # noqa: BLE001 (must not hide the error that brought us here; delete_all sweeps)
                 return
 
+    def _grow(self, size: int, coming: int) -> None:
+        """A buffer of a whole part, unless less than that may ever come: many objects are small."""
+        while self._free:
+            self._buffer = self._free.pop()
+            if len(self._buffer) == size:
+                return
+        needed = self._filled + coming
+        if needed <= len(self._buffer):
+            return
+        kept = self._buffer[: self._filled]
+        self._buffer = bytearray(size if self._id or needed >= size else min(size, 2 * needed))
+        self._buffer[: len(kept)] = kept
+
     def _send(self) -> None:
-        if self._pool is None:
-            self._id = self._call("create_multipart_upload")["UploadId"]
-            self._pool = ThreadPoolExecutor(_PARALLEL, thread_name_prefix="upload")
-        if len(self._parts) >= _PARALLEL:
-            self._parts[-_PARALLEL].result()  # bounds the memory, and tells of a lost part early
-        body, self._buffer = bytes(self._buffer), bytearray()
-        self._parts.append(self._pool.submit(self._part, len(self._parts) + 1, body))
+        if not self._id:
+            self._id = self._run("begin the upload", lambda: self._wire.begin(self._bucket, self._key))
+        body, view = self._buffer, memoryview(self._buffer)[: self._filled]
+        self._settle(self._policy.under_way(len(view)) - 1)
+        self._sent += 1
+        number = self._sent
 
-    def _part(self, number: int, body: bytes) -> dict[str, Any]:
-        answer = self._call("upload_part", UploadId=self._id, PartNumber=number, Body=body)
-        checksums = {name: value for name, value in answer.items() if name.startswith("Checksum") and value}
-        checksums.pop("ChecksumType", None)
-        return {"PartNumber": number, "ETag": answer["ETag"], **checksums}
+        def attempt() -> None:
+            self._done.append(
+                self._wire.part(self._bucket, self._key, self._id, number, view, self._cancelled)
+            )
+            self._free.append(body)
 
-    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        extra = self._fs.s3_additional_kwargs  # encryption and storage class, where configured
-        return dict(self._fs.call_s3(method, extra, Bucket=self._bucket, Key=self._key, **arguments) or {})
+        self._moving.add(
+            self._transfers.submit(f"upload part {number}", self._url, view.nbytes, attempt, self._cancelled)
+        )
+        self._buffer, self._filled = bytearray(), 0
 
-    def _stop(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+    def _settle(self, most: int) -> None:
+        """Wait until at most ``most`` parts are on their way. Bounds the memory, and tells of a lost part early."""
+        while len(self._moving) > most:
+            finished, self._moving = wait(self._moving, return_when=FIRST_COMPLETED)
+            for part in finished:
+                part.result()
+
+    def _complete(self) -> None:
+        try:
+            self._wire.complete(self._bucket, self._key, self._id, self._done)
+        except Exception as error:
+            # The answer to an earlier attempt was lost: the upload is no more because it is the object now.
+            if not (upload_is_gone(error) and self._wire.exists(self._bucket, self._key)):
+                raise
+
+    def _run(self, operation: str, attempt: Callable[[], T]) -> T:
+        return self._transfers.run(operation, self._url, self._filled, attempt)
 
 
 class SpooledUpload:
@@ -172,9 +228,9 @@ class SpooledUpload:
     For drivers whose streaming files we cannot vouch for. Needs room for the object in ``TMPDIR``.
     """
 
-    def __init__(self, fs: Any, path: str) -> None:
-        self._fs, self._path = fs, path
-        self._file = tempfile.SpooledTemporaryFile(max_size=_PART, prefix="resilience-upload-")  # noqa: SIM115
+    def __init__(self, fs: Any, transfers: Transfers, path: str, url: str) -> None:
+        self._fs, self._transfers, self._path, self._url = fs, transfers, path, url
+        self._file = tempfile.SpooledTemporaryFile(max_size=_SPOOL, prefix="resilience-upload-")  # noqa: SIM115
 
     def write(self, view: memoryview) -> None:
         self._file.write(view)
@@ -182,12 +238,18 @@ class SpooledUpload:
     def publish(self) -> None:
         size = self._file.tell()
         self._file.seek(0)
-        if size <= _PART:
-            self._fs.pipe_file(self._path, self._file.read(), mode="overwrite")
+        if size <= _SPOOL:
+            body = self._file.read()
+            self._call(size, "pipe_file", self._path, body, mode="overwrite")
         else:
             self._file.flush()
-            self._fs.put_file(f"/proc/self/fd/{self._file.fileno()}", self._path)
+            self._call(size, "put_file", f"/proc/self/fd/{self._file.fileno()}", self._path)
         self._file.close()
 
     def discard(self) -> None:
         self._file.close()
+
+    def _call(self, size: int, method: str, *arguments: Any, **options: Any) -> None:
+        seconds = self._transfers.policy.deadline(size)
+        attempt = partial(call, self._fs, method, *arguments, seconds=seconds, **options)
+        self._transfers.run("upload", self._url, size, attempt)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ import tenacity
 
 from resilience.errors import InvalidError, UnavailableError
 from storage_backends.base import Capabilities, Sink, Storage
+from storage_backends.ranges import Range, read_into
 
 T = TypeVar("T")
 
@@ -52,9 +53,14 @@ class RetryPolicy:
                 hint="at least 1 attempt; times are seconds, 0 or more",
             )
 
-    def call(self, function: Callable[[], T]) -> T:
+    def call(
+        self, function: Callable[[], T], *, on_repeat: Callable[[UnavailableError, int], None] | None = None
+    ) -> T:
         """``function()``, repeated while it raises ``UnavailableError``; the last one is raised as it is,
-        its message saying how often it was tried."""
+        its message saying how often it was tried.
+
+        ``on_repeat`` is told each error that is not the last, and which attempt it was, from 1.
+        """
         began = self.clock()
 
         def pause(state: tenacity.RetryCallState) -> float:
@@ -73,11 +79,17 @@ class RetryPolicy:
             attempts += 1
             return function()
 
+        def repeat(state: tenacity.RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            if on_repeat is not None and isinstance(error, UnavailableError):
+                on_repeat(error, state.attempt_number)
+
         loop = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(UnavailableError),
             wait=pause,
             stop=stop,
             sleep=self.sleep,
+            before_sleep=repeat,
             reraise=True,
         )
         try:
@@ -115,6 +127,9 @@ class RetryStorage:
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         return self._policy.call(lambda: self.inner.read(name, start, end))
+
+    def read_into(self, name: str, ranges: Sequence[Range]) -> list[int]:
+        return self._policy.call(lambda: read_into(self.inner, name, ranges))
 
     def size(self, name: str) -> int:
         return self._policy.call(lambda: self.inner.size(name))

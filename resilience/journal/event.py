@@ -44,6 +44,7 @@ TYPES: frozenset[str] = frozenset(
         "section.entered",
         "section.left",
         "chaos.injected",
+        "storage.retried",
         "stop.requested",
         "warning.raised",
     }

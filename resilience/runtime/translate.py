@@ -120,6 +120,8 @@ def line_of(node: str, seen: dict[str, Any]) -> JournalLine | None:
         return "metrics.logged", {"values": seen["values"]}, {"node": node, "rank": seen["rank"]}
     if kind == "warning":
         return "warning.raised", {"message": seen["message"]}, {"node": node, "severity": "warning"}
+    if kind == "retried":
+        return "storage.retried", seen["data"], {"node": node, "severity": "warning"}
     if kind == "deleted":
         return (
             "checkpoint.deleted",

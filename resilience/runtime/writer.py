@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from resilience.checkpoint import pack
@@ -25,6 +25,7 @@ from resilience.runtime.failpoint import Failpoints
 from resilience.runtime.system import die_with_parent
 from resilience.runtime.wire import Channel, Closed
 from storage_backends import Storage, open_storage
+from storage_backends.transfer import Retried
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ class Writer:
             kind = message["t"]
             if kind == "open":
                 self._nvme = open_storage(message["nvme"]) if message["nvme"] else None
-                self._shared = open_storage(message["shared"])
+                self._shared = open_storage(message["shared"], on_retry=self._retried)
             elif kind == "arm":
                 self._failpoints = Failpoints(message["failpoints"], self._fire)
             elif kind == "arena":
@@ -104,6 +105,9 @@ class Writer:
     def _send(self, message: dict[str, Any]) -> None:
         with self._sending:
             self._channel.send(message)
+
+    def _retried(self, news: Retried) -> None:
+        self._send({"t": "retried", "data": asdict(news)})
 
     def _fire(self, fault: dict[str, Any]) -> None:
         self._send({"t": "inject", "index": fault["index"]})

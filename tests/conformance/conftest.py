@@ -14,6 +14,7 @@ from storage_backends.disk import Disk
 from storage_backends.faults import FaultStorage
 from storage_backends.memory import MemoryStorage
 from storage_backends.object import ObjectStorage
+from storage_backends.obstore_storage import ObstoreStorage
 from storage_backends.posix import PosixStorage
 from storage_backends.retry import RetryStorage
 
@@ -65,6 +66,10 @@ def _s3(request: pytest.FixtureRequest) -> Storage:
     return ObjectStorage(request.getfixturevalue("s3_root"))
 
 
+def _obstore(request: pytest.FixtureRequest) -> Storage:
+    return ObstoreStorage(request.getfixturevalue("s3_root"))
+
+
 def _fsspec_memory(request: pytest.FixtureRequest) -> Storage:
     return ObjectStorage(f"memory://conformance-{next(_serial)}/run")
 
@@ -74,6 +79,7 @@ MAKERS: dict[str, Callable[[pytest.FixtureRequest], Storage]] = {
     "memory": _memory,
     "memory-page-cache": _page_cache,
     "s3": _s3,
+    "s3-obstore": _obstore,
     "fsspec-memory": _fsspec_memory,
 }
 

@@ -10,6 +10,7 @@ import pytest
 
 from resilience.errors import InvalidError
 from storage_backends import Storage, probe
+from storage_backends.ranges import read_into
 
 LARGE = 33 * 1024 * 1024 + 7  # three parts of an S3 upload, the last one ragged
 
@@ -353,3 +354,19 @@ def test_a_link_to_nothing_says_so(storage: Storage) -> None:
     with pytest.raises(FileNotFoundError):
         storage.link("nothing", "a")
     assert storage.list() == []
+
+
+# --- ranges.read_into ---------------------------------------------------------------------------------------
+
+
+def test_ranges_land_in_the_callers_memory_and_tell_where_the_object_ends(storage: Storage) -> None:
+    body = bytes(range(256)) * 400
+    put(storage, "a", body)
+    memory = bytearray(b"-" * 90)
+    view = memoryview(memory)
+    ranges = [(1000, view[:50]), (len(body) - 10, view[50:80]), (len(body) + 5, view[80:])]
+    assert read_into(storage, "a", ranges) == [50, 10, 0]
+    assert memory[:50] == body[1000:1050] and memory[50:60] == body[-10:]
+    assert read_into(storage, "a", []) == []
+    with pytest.raises(FileNotFoundError):
+        read_into(storage, "absent", ranges)

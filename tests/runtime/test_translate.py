@@ -117,6 +117,7 @@ def test_an_exit_over_a_restore_blames_the_checkpoint(corrupt):
         ),
         ({"t": "warning", "message": "m"}, "warning.raised", {"node": "n", "severity": "warning"}),
         ({"t": "broken", "traceback": "tb"}, "warning.raised", {"node": "n", "severity": "error"}),
+        ({"t": "retried", "data": {}}, "storage.retried", {"node": "n", "severity": "warning"}),
         ({"t": "deleted", "step": 4, "of": 2}, "checkpoint.deleted", {"node": "n", "step": 4}),
     ],
 )

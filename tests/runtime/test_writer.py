@@ -13,7 +13,10 @@ from resilience.checkpoint.plan import plan
 from resilience.checkpoint.snapshot import snapshot, specs_of
 from resilience.checkpoint.tree import flatten
 from resilience.runtime.system import python_command
+from resilience.runtime.translate import line_of
 from resilience.runtime.wire import Channel
+from resilience.runtime.writer import Writer
+from storage_backends.transfer import Retried
 
 
 class Rank:
@@ -140,3 +143,24 @@ def test_no_tier_left_frees_the_slot_and_says_that_nothing_was_saved(writer, ran
     assert [m.get("tier") for m in got if m["t"] == "save_failed"] == ["nvme", "shared"]
     assert got[-1]["saved"] is False
     assert rank.arena.state(order["slot"]).kind is SlotKind.RELEASED
+
+
+def test_a_piece_that_was_sent_again_is_told():
+    """All the way to the line of the journal; storage_backends/test_transfer causes such pieces."""
+    ours, theirs = Channel.pair()
+    news = Retried("upload part 3", "s3://b/r/a.pack", 16 << 20, 30.1, 1, True, "timed out")
+    Writer(theirs)._retried(news)
+    message, _ = ours.receive()
+    kind, data, subject = line_of("node-a", message)
+    assert kind == "storage.retried" and subject["severity"] == "warning"
+    assert data == {
+        "operation": "upload part 3",
+        "path": "s3://b/r/a.pack",
+        "size": 16 << 20,
+        "seconds": 30.1,
+        "attempt": 1,
+        "stalled": True,
+        "error": "timed out",
+    }
+    ours.close()
+    theirs.close()

@@ -1,4 +1,4 @@
-"""A real S3 server, and the way to run a piece of Python in a process of its own."""
+"""A real S3 server, proxies before it that break what they carry, and Python in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import http.client
 import itertools
 import logging
 import os
+import select
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
 from urllib.parse import urlsplit
 
 import pytest
@@ -62,6 +65,8 @@ class Proxy:
     def __init__(self, target: str) -> None:
         self.plan: dict[str, list[str | tuple[int, str]]] = {}
         self.seen: list[str] = []
+        self.keys: set[str] = set()  # access keys that signed what was seen
+        self.dropped: set[str] = set()  # names of headers that the server does not get to see
         proxy, host = self, urlsplit(target).netloc
 
         class Handler(BaseHTTPRequestHandler):
@@ -80,7 +85,10 @@ class Proxy:
                     self.answer(status, {"Content-Type": "application/xml"}, text)
                     return
                 connection = http.client.HTTPConnection(host, timeout=30)
-                connection.request(self.command, self.path, body, dict(self.headers))
+                _, _, signer = self.headers.get("Authorization", "").partition("Credential=")
+                proxy.keys.add(signer.partition("/")[0])
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in proxy.dropped}
+                connection.request(self.command, self.path, body, headers)
                 reply = connection.getresponse()
                 text = reply.read()
                 connection.close()
@@ -120,6 +128,127 @@ class Proxy:
 @pytest.fixture
 def proxy(bucket: str, aws: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     made = Proxy(aws)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
+    yield made
+    made.stop()
+
+
+Way = Literal["stall", "drop", "late"]
+_HEARD = 30.0  # seconds after which a test that nobody answers ends
+
+
+class Wire:
+    """A TCP proxy on loopback that breaks connections in the ways that networks do.
+
+    ``plan`` orders a fault. It befalls the first connection that has carried ``after`` bytes ``toward`` the
+    server or the client, once the faults ordered before it have happened:
+
+    - ``stall``: from there on nothing is forwarded, and nothing is closed;
+    - ``drop``: both ends are reset;
+    - ``late``: what the server answers is kept until the client has gone.
+    """
+
+    def __init__(self, target: str) -> None:
+        host, _, port = urlsplit(target).netloc.partition(":")
+        self._target = (host, int(port))
+        self._lock = threading.Lock()
+        self._plan: list[tuple[Way, str, int]] = []
+        self.happened: list[Way] = []
+        self._open: set[socket.socket] = set()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def plan(self, way: Way, *, toward: str = "server", after: int = 2 << 20) -> None:
+        with self._lock:
+            self._plan.append((way, toward, after))
+
+    def stop(self) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        for end in list(self._open):
+            self._end(end)
+        for thread in self._threads:
+            thread.join(_HEARD)
+            assert not thread.is_alive()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._server.accept()
+            except OSError:
+                return
+            server = socket.create_connection(self._target)
+            self._open |= {client, server}
+            link = _Link(self, client, server)
+            for pump in (link.to_server, link.to_client):
+                thread = threading.Thread(target=pump)
+                self._threads.append(thread)
+                thread.start()
+
+    def _take(self, toward: str, carried: int) -> Way | None:
+        with self._lock:
+            if self._plan and self._plan[0][1] == toward and carried >= self._plan[0][2]:
+                way = self._plan.pop(0)[0]
+                self.happened.append(way)
+                return way
+        return None
+
+    def _end(self, end: socket.socket) -> None:
+        try:
+            end.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        end.close()
+        self._open.discard(end)
+
+
+class _Link:
+    def __init__(self, wire: Wire, client: socket.socket, server: socket.socket) -> None:
+        self._wire, self._client, self._server = wire, client, server
+        self._stalled = False
+        self._late = threading.Event()
+
+    def to_server(self) -> None:
+        self._pump(self._client, self._server, "server")
+
+    def to_client(self) -> None:
+        self._pump(self._server, self._client, "client")
+
+    def _pump(self, source: socket.socket, sink: socket.socket, toward: str) -> None:
+        carried = 0
+        try:
+            while data := source.recv(1 << 16):
+                carried += len(data)
+                way = self._wire._take(toward, carried)
+                if way == "stall":
+                    self._stalled = True
+                elif way == "late":
+                    self._late.set()
+                elif way == "drop":
+                    return
+                if self._stalled:
+                    self._wait_for_the_client()
+                    return
+                if toward == "client" and self._late.is_set():
+                    self._wait_for_the_client()
+                sink.sendall(data)
+        except (OSError, ValueError):  # the other pump of the two closed it
+            return
+        finally:
+            self._wire._end(source)
+            self._wire._end(sink)
+
+    def _wait_for_the_client(self) -> None:
+        poll = select.poll()
+        poll.register(self._client, select.POLLRDHUP | select.POLLHUP)
+        assert poll.poll(1000 * _HEARD), "the client waits for ever"
+
+
+@pytest.fixture
+def wire(bucket: str, aws: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+    made = Wire(aws)
     monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
     yield made
     made.stop()

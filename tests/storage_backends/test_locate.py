@@ -110,3 +110,19 @@ def test_importing_and_opening_paths_loads_no_driver(start: Callable[..., Any], 
     process = start(code, tmp_path)
     out, err = process.communicate(timeout=60)
     assert out == "[]\n", err
+
+
+def test_the_driver_of_s3_is_chosen_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = {}
+    for driver in ("fsspec", "obstore"):
+        monkeypatch.setenv("RESILIENCE_S3_DRIVER", driver)
+        opened[driver] = type(open_storage("s3://bucket/runs", retry=False)).__name__
+    assert opened == {"fsspec": "ObjectStorage", "obstore": "ObstoreStorage"}
+    monkeypatch.setenv("RESILIENCE_S3_DRIVER", "boto")
+    with pytest.raises(InvalidError, match="boto") as caught:
+        open_storage("s3://bucket/runs")
+    assert "fsspec or obstore" in caught.value.hint
+    monkeypatch.setenv("RESILIENCE_S3_DRIVER", "obstore")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "obstore" else object())
+    with pytest.raises(InvalidError, match="needs the package obstore"):
+        open_storage("s3://bucket/runs")
