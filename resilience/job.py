@@ -167,6 +167,7 @@ class Job:
             "storage": root,
             "shared": shared,
             "nvme": nvme,
+            "drain_rate": options.drain_rate,
             "wanted": wanted,
             "faults": list(options.faults),
             "env": {

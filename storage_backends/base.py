@@ -52,7 +52,8 @@ class Sink(Protocol):
     """
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes. May buffer."""
+        """Append bytes. May buffer, and may go on reading ``data`` after it has returned: the bytes must stay as
+        they are until ``commit`` or ``cancel`` has. Bounded: it waits while too much is on its way."""
 
     def commit(self) -> None:
         """Make the object durable and visible, replacing an older one of that name. Checks the size."""
@@ -87,9 +88,12 @@ class Storage(Protocol):
         ``UnavailableError`` the outcome is *unknown*, never "failed": the object may still appear.
         """
 
-    def sink(self, name: str) -> Sink:
+    def sink(self, name: str, size: int | None = None) -> Sink:
         """Open ``name`` for streaming. Replaces an existing object at commit: names of data are never
-        reused by different contents, so replacing means repeating."""
+        reused by different contents, so replacing means repeating.
+
+        ``size`` is how many bytes there will be, where that is known. A hint, so that space can be taken at once
+        and large blocks go past caches: what counts is what is written."""
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes ``start:end`` of the object (``end`` exclusive; ``None`` is its end). Shorter when the
@@ -113,6 +117,14 @@ class Storage(Protocol):
     def delete(self, name: str) -> None:
         """Remove the object; absent is fine. Not durable by itself: after a power loss the object may be
         back. May run twice."""
+
+    def recycle(self, name: str) -> None:
+        """As ``delete``; the backend may keep the space for sinks to come, which is faster to write than new space.
+        Only for objects that nothing committed names and nobody reads any more. What is kept is bounded, is no
+        object, and is given back by ``trim``."""
+
+    def trim(self) -> None:
+        """Give back the space that ``recycle`` kept. May run twice, and while others write."""
 
     def delete_all(self, prefix: str) -> None:
         """Remove every object below the directory ``prefix``, with what dead writers left there (temporary

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable
 
 from resilience.errors import InvalidError
 from storage_backends.base import Storage, check_name
@@ -28,7 +29,9 @@ _INSTALL = {
 }
 
 
-def open_storage(url: str, *, retry: bool | RetryPolicy = True) -> Storage:
+def open_storage(
+    url: str, *, retry: bool | RetryPolicy = True, tell: Callable[[str], None] = lambda text: None
+) -> Storage:
     """The storage whose root is ``url``.
 
     Args:
@@ -36,11 +39,12 @@ def open_storage(url: str, *, retry: bool | RetryPolicy = True) -> Storage:
             fsspec knows.
         retry: repeat what failed with ``UnavailableError``: with the default policy, with the one given, or
             not at all. Sinks are not retried (see ``Sink``).
+        tell: called, from any thread, with what a person should know: that a directory takes no direct I/O.
 
     Raises:
         InvalidError: unknown scheme, or the package behind it is not installed (the hint names it).
     """
-    storage = _open(url)
+    storage = _open(url, tell)
     if retry is False:
         return storage
     return RetryStorage(storage, RetryPolicy() if retry is True else retry)
@@ -51,7 +55,7 @@ def child(url: str, *names: str) -> str:
     return "/".join((url.rstrip("/"), *(check_name(n) for n in names)))
 
 
-def _open(url: str) -> Storage:
+def _open(url: str, tell: Callable[[str], None]) -> Storage:
     match = _SCHEME.fullmatch(url)
     if not url or (match and not match[2].strip("/") and match[1].lower() != "file"):
         raise InvalidError(
@@ -61,10 +65,10 @@ def _open(url: str) -> Storage:
             hint="give a path, or a URL such as s3://bucket/runs",
         )
     if match is None:
-        return PosixStorage(url)
+        return PosixStorage(url, tell=tell)
     scheme, rest = match[1].lower(), match[2]
     if scheme in ("file", "local"):
-        return PosixStorage(_absolute(rest, url))
+        return PosixStorage(_absolute(rest, url), tell=tell)
     if scheme == "memory":
         from storage_backends.memory import MemoryStorage, process_disk
 

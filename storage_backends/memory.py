@@ -123,7 +123,7 @@ class MemoryStorage:
         self.disk.unlink(temporary)
         return won
 
-    def sink(self, name: str) -> MemorySink:
+    def sink(self, name: str, size: int | None = None) -> MemorySink:
         return MemorySink(self, name, self._path(name))
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
@@ -176,6 +176,12 @@ class MemoryStorage:
         self.step("delete", name)
         self.disk.unlink(path)
         self.reply("delete", name)
+
+    def recycle(self, name: str) -> None:
+        self.delete(name)
+
+    def trim(self) -> None:
+        return None
 
     def delete_all(self, prefix: str) -> None:
         prefix = check_directory(prefix, root=False)

@@ -82,7 +82,7 @@ class ObjectStorage:
             ) from error
         return None if held == data else held
 
-    def sink(self, name: str) -> Sink:
+    def sink(self, name: str, size: int | None = None) -> Sink:
         path = self._path(name)
         fs = self._connect()
         upload: Upload = S3Upload(fs, path) if self._scheme in _S3 else SpooledUpload(fs, path)
@@ -152,6 +152,12 @@ class ObjectStorage:
             self._ask("delete", name, lambda: fs.rm_file(path))
         except FileNotFoundError:
             return
+
+    def recycle(self, name: str) -> None:
+        self.delete(name)
+
+    def trim(self) -> None:
+        return None
 
     def delete_all(self, prefix: str) -> None:
         path, fs = self._path(check_directory(prefix, root=False)), self._connect()

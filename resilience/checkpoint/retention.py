@@ -19,12 +19,17 @@ def delete(storage: Storage, ref: CheckpointRef) -> None:
     """Remove a retired checkpoint's bytes from one tier. May run twice, and go on where it was interrupted.
 
     Parts go before packs: whoever looks at what is left of a half-deleted checkpoint finds parts missing,
-    which every reader refuses.
+    which every reader refuses. The packs' space is kept for the next ones, where the storage can: this is the one
+    place from which a file may be recycled, and only because nothing committed names it any more.
     """
     where = directory(ref.step, ref.generation)
-    for name in storage.list(where):
+    names = storage.list(where)
+    for name in names:
         if name.endswith(".json"):
             storage.delete(name)
+    for name in names:
+        if name.endswith(".pack"):
+            storage.recycle(name)
     storage.delete_all(where)
 
 

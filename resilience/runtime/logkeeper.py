@@ -102,6 +102,7 @@ class LogKeeper:
             if command is None:
                 # Nobody restores any more. What a run that did not finish leaves is collected when it goes on.
                 self._collect(everything=self._finished)
+                self._trim()
                 return
             if isinstance(command, CheckpointRef):
                 self._retired.append((time.monotonic() + _GRACE_S, command))
@@ -216,6 +217,14 @@ class LogKeeper:
         if self._sweep_at is not None and (everything or self._sweep_at <= now):
             self._sweep_at = None
             self._sweep()
+
+    def _trim(self) -> None:
+        """Nothing is saved any more: give back the space that was kept for the next packs."""
+        self._nodes({"t": "trim"})
+        try:
+            self._storage.trim()
+        except ResilienceError as error:
+            self._warn(f"could not give back the space of retired checkpoints: {error}")
 
     def _sweep(self) -> None:
         """Remove checkpoints of older generations that the log does not hold: retired ones whose removal was

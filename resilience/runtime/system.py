@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import platform
 import signal
 import sys
+import threading
 
 _PR_SET_PDEATHSIG = 1
+_BACKGROUND_NICE = 10
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}  # the system call's number
+_IOPRIO_WHO_PROCESS = 1
+_IOPRIO_BEST_EFFORT = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -20,6 +27,17 @@ def die_with_parent(parent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:
         os._exit(0)
+
+
+def yield_to_others() -> None:
+    """Lower the priority of this thread, and of those it starts, for processor and disk. Where the kernel does not
+    want to (a sandbox, another architecture) it keeps the one it has: slower for others, no less right."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICE)
+    number = _IOPRIO_SET.get(platform.machine())
+    if number is not None:
+        # Best effort, lowest level; the idle class could starve a drain for ever.
+        _libc.syscall(number, _IOPRIO_WHO_PROCESS, threading.get_native_id(), _IOPRIO_BEST_EFFORT << 13 | 7)
 
 
 def process_state(pid: int) -> str:

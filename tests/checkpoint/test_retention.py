@@ -33,7 +33,7 @@ def test_parts_go_before_packs(storage: Storage, save: Callable[..., list[Source
         def __getattr__(self, name: str) -> object:
             return getattr(storage, name)
 
-        def delete_all(self, prefix: str) -> None:
+        def recycle(self, name: str) -> None:
             raise KeyboardInterrupt
 
     try:

@@ -35,9 +35,9 @@ class Watched(FaultStorage):
         self.made.append(name)
         return answer
 
-    def sink(self, name):
+    def sink(self, name, size=None):
         self.made.append(name)
-        return super().sink(name)
+        return super().sink(name, size)
 
 
 class Keeper:
