@@ -76,8 +76,10 @@ class BlockWriter:
         self.close()
         if self._failure is not None:
             raise self._failure
-        if os.fstat(self._fd).st_size > size:  # padding of ours, or a longer file that was recycled
-            os.ftruncate(self._fd, size)
+        status = os.fstat(self._fd)
+        reserved = status.st_blocks * 512 > size + BLOCK
+        if status.st_size > size or (reserved and status.st_size == size):
+            os.ftruncate(self._fd, size)  # padding of ours, a longer file that was recycled, more than was needed
 
     def close(self) -> None:
         """Wait for what is on its way; nothing touches the caller's bytes any more. May run twice."""

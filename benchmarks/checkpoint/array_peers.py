@@ -81,7 +81,7 @@ class TensorStore(_Peer):
 
 
 class ZarrPython(_Peer):
-    """zarr-python, version 3 arrays, one chunk a tensor up to 64 MiB, not compressed (random values do not compress)."""
+    """zarr-python, version 3 arrays, one chunk a tensor, not compressed (random values do not compress)."""
 
     def save(self, state: State, directory: str) -> None:
         import zarr
