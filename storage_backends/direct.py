@@ -79,7 +79,9 @@ class BlockWriter:
         status = os.fstat(self._fd)
         reserved = status.st_blocks * 512 > size + BLOCK
         if status.st_size > size or (reserved and status.st_size == size):
-            os.ftruncate(self._fd, size)  # padding of ours, a longer file that was recycled, more than was needed
+            os.ftruncate(
+                self._fd, size
+            )  # padding of ours, a longer file that was recycled, more than was needed
 
     def close(self) -> None:
         """Wait for what is on its way; nothing touches the caller's bytes any more. May run twice."""

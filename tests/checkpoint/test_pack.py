@@ -175,6 +175,13 @@ def test_a_damaged_source_is_not_drained(
     assert target.list(WHERE) == []
 
 
+def test_a_drain_keeps_its_pace(sealed: Sealed, storage: Storage, tmp_path: Path) -> None:
+    pack.persist(sealed.view, sealed.part, storage, WHERE)
+    counts: list[int] = []
+    pack.copy(storage, open_storage(str(tmp_path / "shared")), WHERE, 0, pace=counts.append)
+    assert sum(counts) == sealed.part.size
+
+
 def test_a_missing_part_is_not_found(storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         pack.copy(storage, open_storage(str(tmp_path / "shared")), WHERE, 0)
