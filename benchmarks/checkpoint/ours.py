@@ -50,10 +50,11 @@ class Ours:
         arrays, skeleton = flatten({"state": fit.capture(state)}, prefix="")
         slot = self._arena.acquire()
         assert slot is not None
-        part = draft(self._plan, skeleton, run="benchmark", step=self._step, generation=1).to_json()
-        order = {"key": _KEY, "generation": 1, "rank": 0, "step": self._step, "slot": slot, "part": part}
+        order = {"key": _KEY, "generation": 1, "rank": 0, "step": self._step, "slot": slot}
 
         def announce(attempt: int) -> None:
+            part = draft(self._plan, skeleton, run="benchmark", step=self._step, generation=1)
+            order["part"] = part.to_json()
             self._channel.send({"t": "follow", "attempt": attempt, **order})
 
         snapshot(self._arena, slot, arrays, self._plan, step=self._step, generation=1, announce=announce)

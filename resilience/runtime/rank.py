@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from resilience.checkpoint.arena import Arena
@@ -258,7 +259,11 @@ class RankHost:
             slot = self._acquire(arena, done)
             if slot is None:
                 return
-            part = draft(layout, skeleton, run=self.name, step=done, generation=self.generation).to_json()
+
+            @cache
+            def part() -> dict[str, Any]:
+                """Made while the copy goes on, if that takes a while."""
+                return draft(layout, skeleton, run=self.name, step=done, generation=self.generation).to_json()
 
             def announce(attempt: int) -> None:
                 """The writer may begin while we copy. Only a head start: what counts is the seal."""
@@ -269,7 +274,7 @@ class RankHost:
                         "slot": slot,
                         "attempt": attempt,
                         "step": done,
-                        "part": part,
+                        "part": part(),
                     }
                 )
 
@@ -294,7 +299,7 @@ class RankHost:
                 "step": done,
                 "stall_s": stall,
                 "size": layout.size,
-                "part": part,
+                "part": part(),
             }
         )
         self._reach("snapshot.sealed", done)
