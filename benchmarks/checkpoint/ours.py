@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,7 +27,9 @@ _KEY = [1, 0, 1]  # generation, rank, arena
 class Ours:
     """A rank and its writer. The arena is made once in a run, before the first save."""
 
-    def __init__(self, state: State, root: str) -> None:
+    def __init__(
+        self, state: State, root: str, *, nvme: str | None = None, drain_rate: float | None = None
+    ) -> None:
         arrays, _ = flatten({"state": fit.capture(state)}, prefix="")
         self._plan = plan(specs_of(arrays, {"state": state}), rank=0, world_size=1)
         self._arena = Arena.create(2, self._plan.size)
@@ -38,15 +41,24 @@ class Ours:
         self._storage = open_storage(root)
         config = {"run": "benchmark", "name": "node", "env": {}}
         self._writer, self._channel = spawn("resilience.runtime.writer", config, subprocess.DEVNULL)  # type: ignore[arg-type]
-        self._channel.send({"t": "open", "nvme": None, "shared": root})
+        self._channel.send({"t": "open", "nvme": nvme, "shared": root, "drain_rate": drain_rate})
+        self._near = "nvme" if nvme is not None else "shared"
+        self._tiers = [self._storage, *([open_storage(nvme)] if nvme is not None else [])]
         self._channel.send({"t": "arena", "key": _KEY}, [self._arena.fd])
         self.pids = [self._writer.pid]
         self._step = 0
         self._steps: dict[str, tuple[int, Source]] = {}
 
     def save(self, state: State, directory: str) -> float:
-        self._step += 1
         began = time.perf_counter()
+        finish = self.begin(state, directory)
+        stall = time.perf_counter() - began
+        finish(self._near)
+        return stall
+
+    def begin(self, state: State, directory: str) -> Callable[[str], None]:
+        """What training waits for. The answer returns when the state is durable in the tier it is given."""
+        self._step += 1
         arrays, skeleton = flatten({"state": fit.capture(state)}, prefix="")
         slot = self._arena.acquire()
         assert slot is not None
@@ -59,15 +71,17 @@ class Ours:
 
         snapshot(self._arena, slot, arrays, self._plan, step=self._step, generation=1, announce=announce)
         self._channel.send({"t": "persist", **order})
-        stall = time.perf_counter() - began
-        while True:
+        return lambda tier: self._finish(tier, directory)
+
+    def _finish(self, tier: str, directory: str) -> None:
+        missing = {("persisted", tier), ("slot_free", None)}
+        while missing:
             message, _ = self._channel.receive()
-            if message["t"] == "persisted":
+            missing.discard((message["t"], message.get("tier")))
+            if message["t"] == "persisted" and message["tier"] == "shared":
                 source = Source(0, self._storage, message["part"], message["sha256"])
                 self._steps[directory] = self._step, source
-            elif message["t"] == "slot_free":
-                return stall
-            else:
+            elif message["t"] not in ("persisted", "slot_free"):
                 raise RuntimeError(f"the save failed: {message}")
 
     def restore(self, state: State, directory: str) -> None:
@@ -76,10 +90,13 @@ class Ours:
         fit.apply(state, unflatten(got.skeleton, got.arrays)["state"], name="state")
 
     def discard(self, directory: str) -> None:
-        retention.delete(self._storage, CheckpointRef(self._steps.pop(directory)[0], 1))
+        ref = CheckpointRef(self._steps.pop(directory)[0], 1)
+        for storage in self._tiers:
+            retention.delete(storage, ref)
 
     def close(self) -> None:
         self._channel.close()
         self._writer.wait(10)
         self._arena.close()
-        self._storage.trim()
+        for storage in self._tiers:
+            storage.trim()
