@@ -169,6 +169,7 @@ class Job:
             "storage": root,
             "shared": shared,
             "nvme": nvme,
+            "drain_rate": options.drain_rate,
             "wanted": wanted,
             "faults": list(options.faults),
             "fault_codes": fault_codes,

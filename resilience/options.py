@@ -30,6 +30,8 @@ class Options:
         topology: topology levels, outermost first; node labels ``resilience.io/<level>`` give their values.
         checkpoint_every: steps between checkpoints; ``None`` = as often as training waits at most ``overhead`` for.
         overhead: fraction of the time that automatic checkpoints may make training wait.
+        drain_rate: bytes per second that each node may move from its near tier to shared storage, where that would be
+            in training's way; ``None`` = as fast as it goes, at low priority.
         keep_last, keep_every: checkpoints to keep: the newest ones, and every so many steps (``None`` = no more).
         max_restarts: failures in a row without a new checkpoint before the run is given up.
         capacity_deadline: seconds to wait for enough cards.
@@ -52,6 +54,7 @@ class Options:
     topology: tuple[str, ...] = ("supernode",)
     checkpoint_every: int | None = None
     overhead: float = 0.01
+    drain_rate: float | None = None
     keep_last: int = 3
     keep_every: int | None = None
     max_restarts: int = 8
@@ -75,6 +78,11 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 _refuse(name, value, "a number of seconds > 0")
+        rate = self.drain_rate
+        if rate is not None and (
+            not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf
+        ):
+            _refuse("drain_rate", rate, "bytes per second > 0, or None")
         if not isinstance(self.overhead, float) or not 0 < self.overhead < 1:
             _refuse("overhead", self.overhead, "a fraction between 0 and 1")
         if self.name is not None and not (isinstance(self.name, str) and _NAME.fullmatch(self.name)):

@@ -52,7 +52,8 @@ class Sink(Protocol):
     """
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes. May buffer."""
+        """Append bytes. May buffer, and may go on reading ``data`` after it has returned: the bytes must stay as
+        they are until ``commit`` or ``cancel`` has. Bounded: it waits while too much is on its way."""
 
     def commit(self) -> None:
         """Make the object durable and visible, replacing an older one of that name. Checks the size."""
@@ -87,9 +88,12 @@ class Storage(Protocol):
         ``UnavailableError`` the outcome is *unknown*, never "failed": the object may still appear.
         """
 
-    def sink(self, name: str) -> Sink:
+    def sink(self, name: str, size: int | None = None) -> Sink:
         """Open ``name`` for streaming. Replaces an existing object at commit: names of data are never
-        reused by different contents, so replacing means repeating."""
+        reused by different contents, so replacing means repeating.
+
+        ``size`` is how many bytes there will be, where that is known. A hint, so that space can be taken at once
+        and large blocks go past caches: what counts is what is written."""
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes ``start:end`` of the object (``end`` exclusive; ``None`` is its end). Shorter when the

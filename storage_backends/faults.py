@@ -18,7 +18,9 @@ from resilience.errors import ExhaustedError, InvalidError, UnavailableError
 from storage_backends.base import Capabilities, Sink, Storage
 
 Action = Literal["unavailable", "lose_reply", "exhausted", "read_only", "flip", "cut", "slow"]
-Operation = Literal["create", "sink", "write", "commit", "read", "size", "list", "delete", "delete_all"]
+Operation = Literal[
+    "create", "sink", "write", "commit", "read", "size", "list", "link", "delete", "delete_all"
+]
 T = TypeVar("T")
 
 
@@ -98,8 +100,8 @@ class FaultStorage:
     def create(self, name: str, data: bytes) -> bytes | None:
         return self.run("create", name, lambda: self.inner.create(name, data))
 
-    def sink(self, name: str) -> Sink:
-        return FaultSink(self, name, self.run("sink", name, lambda: self.inner.sink(name)))
+    def sink(self, name: str, size: int | None = None) -> Sink:
+        return FaultSink(self, name, self.run("sink", name, lambda: self.inner.sink(name, size)))
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         return self.run("read", name, lambda: self.inner.read(name, start, end))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 
 from resilience.errors import InvalidError
 from storage_backends.base import Storage, check_name
@@ -36,6 +37,7 @@ def open_storage(
     retry: bool | RetryPolicy = True,
     transfer: TransferPolicy | None = None,
     on_retry: OnRetry | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Storage:
     """The storage whose root is ``url``.
 
@@ -46,11 +48,12 @@ def open_storage(
             not at all. Sinks are not retried (see ``Sink``).
         transfer: size, number and deadlines of the pieces in which object stores move bytes; see there.
         on_retry: told of every piece that had to be repeated, from any thread; must not block.
+        tell: called, from any thread, with what a person should know: that a directory takes no direct I/O.
 
     Raises:
         InvalidError: unknown scheme, or the package behind it is not installed (the hint names it).
     """
-    storage = _open(url, transfer, on_retry)
+    storage = _open(url, transfer, on_retry, tell)
     if retry is False:
         return storage
     return RetryStorage(storage, RetryPolicy() if retry is True else retry)
@@ -61,7 +64,9 @@ def child(url: str, *names: str) -> str:
     return "/".join((url.rstrip("/"), *(check_name(n) for n in names)))
 
 
-def _open(url: str, transfer: TransferPolicy | None, on_retry: OnRetry | None) -> Storage:
+def _open(
+    url: str, transfer: TransferPolicy | None, on_retry: OnRetry | None, tell: Callable[[str], None]
+) -> Storage:
     match = _SCHEME.fullmatch(url)
     if not url or (match and not match[2].strip("/") and match[1].lower() != "file"):
         raise InvalidError(
@@ -71,10 +76,10 @@ def _open(url: str, transfer: TransferPolicy | None, on_retry: OnRetry | None) -
             hint="give a path, or a URL such as s3://bucket/runs",
         )
     if match is None:
-        return PosixStorage(url)
+        return PosixStorage(url, tell=tell)
     scheme, rest = match[1].lower(), match[2]
     if scheme in ("file", "local"):
-        return PosixStorage(_absolute(rest, url))
+        return PosixStorage(_absolute(rest, url), tell=tell)
     if scheme == "memory":
         from storage_backends.memory import MemoryStorage, process_disk
 

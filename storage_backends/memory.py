@@ -123,7 +123,7 @@ class MemoryStorage:
         self.disk.unlink(temporary)
         return won
 
-    def sink(self, name: str) -> MemorySink:
+    def sink(self, name: str, size: int | None = None) -> MemorySink:
         return MemorySink(self, name, self._path(name))
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:

@@ -4,7 +4,8 @@ Owns the two durable publications: ``create`` (temporary file, fsync, ``link``, 
 the sink (temporary file, fsync, ``rename``, fsync of the directory). Must never show a partial object under
 its name, never trust an ``fsync`` after one has failed, and never decide by looking whether a name exists.
 Temporary files carry a ``~``, which no object name may hold: orphans of dead writers cannot be listed, read
-or mistaken for objects, and ``delete_all`` sweeps them.
+or mistaken for objects, and ``delete_all`` sweeps them. So does the directory of recycled files in the root.
+Large objects of known size are written past the page cache, into recycled files where there are any.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from resilience.errors import InvalidError, UnavailableError
+from resilience.errors import UnavailableError
 from storage_backends.base import (
     Capabilities,
     check_data,
@@ -28,18 +29,28 @@ from storage_backends.base import (
     check_range,
     well_formed,
 )
+from storage_backends.direct import open_direct, reserve
 from storage_backends.files import hard_link, open_new, publish, sync_directory, sync_file, unlink, write_all
 from storage_backends.oserrors import translate
+from storage_backends.posix_sink import Blocks, Buffered, PosixSink
+from storage_backends.recycle import POOL, SMALLEST, Pool
 
-_BUFFER = 8 << 20  # bytes gathered before a write; larger writes go straight to the file
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 T = TypeVar("T")
+Opened = TypeVar("Opened")
 
 
 class PosixStorage:
     """Objects as files below ``root``, which is created by the first write."""
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], *, tell: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """``tell`` is called, from any thread, with what a person should know and no caller has to act on."""
         self._root = os.path.abspath(os.path.expanduser(os.fspath(root)))
+        self._tell = tell
+        self._pool = Pool(f"{self._root}/{POOL}")
+        self._refused = False  # this file system takes no O_DIRECT; said once
         # Directories whose own entry, and their parents', are known to be on disk: path -> (device, inode).
         self._durable: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
@@ -59,7 +70,7 @@ class PosixStorage:
         check_data(data, name)
         final = self._local(name)
         try:
-            directory, fd, temporary = self._temporary(final)
+            directory, fd, temporary = self._temporary(final, open_new)
             try:
                 try:
                     write_all(fd, memoryview(data).cast("B"))
@@ -87,13 +98,48 @@ class PosixStorage:
             raise translate(error, operation="create", path=final) from error
         return None if held == bytes(data) else held
 
-    def sink(self, name: str) -> PosixSink:
+    def sink(self, name: str, size: int | None = None) -> PosixSink:
         final = self._local(name)
         try:
-            directory, fd, temporary = self._temporary(final)
+            if size is None or size < SMALLEST:
+                directory, fd, temporary = self._temporary(final, open_new)
+                return PosixSink(directory, Buffered(fd), temporary, final)
+            try:
+                return self._large(final, size)
+            except OSError as error:
+                # What the pool holds is nobody's: it must not be the reason why a disk is full.
+                if error.errno not in _FULL or not self._pool.clear():
+                    raise
+                return self._large(final, size)
         except OSError as error:
             raise translate(error, operation="sink", path=final) from error
-        return PosixSink(directory, fd, temporary, final)
+
+    def _large(self, final: str, size: int) -> PosixSink:
+        def open_file(temporary: str) -> tuple[int, bool]:
+            if (found := self._pool.take(size, temporary)) is not None:
+                return found
+            fd, direct = open_direct(temporary, os.O_CREAT | os.O_EXCL)
+            try:
+                reserve(fd, size)
+            except BaseException:
+                os.close(fd)
+                unlink(temporary)
+                raise
+            return fd, direct
+
+        directory, (fd, direct), temporary = self._temporary(final, open_file)
+        if not direct:
+            self._say_refused()
+        return PosixSink(directory, Blocks(fd, self._say_refused), temporary, final)
+
+    def _say_refused(self) -> None:
+        with self._lock:
+            said, self._refused = self._refused, True
+        if not said:
+            self._tell(
+                f"{self._root} takes no direct I/O (O_DIRECT): checkpoints are written through the page cache, "
+                "which costs memory and is slower"
+            )
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         check_range(start, end, name)
@@ -114,7 +160,7 @@ class PosixStorage:
     def link(self, source: str, target: str) -> bool:
         origin, final = self._local(source), self._local(target)
         try:
-            directory, fd, temporary = self._temporary(final)
+            directory, fd, temporary = self._temporary(final, open_new)
             os.close(fd)
             unlink(temporary)
             try:
@@ -173,14 +219,14 @@ class PosixStorage:
     def _local(self, name: str) -> str:
         return f"{self._root}/{check_name(name)}"
 
-    def _temporary(self, final: str) -> tuple[str, int, str]:
-        """Directory, open descriptor and name of a new temporary file beside ``final``."""
+    def _temporary(self, final: str, open_file: Callable[[str], Opened]) -> tuple[str, Opened, str]:
+        """Directory, what ``open_file`` made of it, and name of a new temporary file beside ``final``."""
         directory, base = os.path.split(final)
         temporary = f"{directory}/.{base[:100]}.{uuid.uuid4().hex}~"
         for last in (False, True):
             self._make_directory(directory)
             try:
-                return directory, open_new(temporary), temporary
+                return directory, open_file(temporary), temporary
             except FileNotFoundError:  # somebody removed the directory after we made it
                 if last:
                     raise
@@ -217,94 +263,6 @@ class PosixStorage:
             parent = os.path.dirname(parent)
         with self._lock:
             self._durable[directory] = identity
-
-
-class PosixSink:
-    """A temporary file that becomes the object at ``commit``."""
-
-    def __init__(self, directory: str, fd: int, temporary: str, final: str) -> None:
-        self._directory, self._fd, self._temporary, self._final = directory, fd, temporary, final
-        self._buffer = bytearray()
-        self._size = 0
-        self._state = "open"
-        self._process = os.getpid()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._need_open("write")
-        view = memoryview(data).cast("B")
-        self._size += len(view)
-        try:
-            if len(self._buffer) + len(view) < _BUFFER:
-                self._buffer += view
-                return
-            self._drain()
-            if len(view) >= _BUFFER:
-                write_all(self._fd, view)
-            else:
-                self._buffer += view
-        except OSError as error:
-            self._fail()
-            raise translate(error, operation="write", path=self._final) from error
-
-    def commit(self) -> None:
-        self._need_open("commit")
-        try:
-            self._drain()
-            sync_file(self._fd, self._size, self._temporary)
-            os.close(self._fd)
-            self._fd = -1
-            os.rename(self._temporary, self._final)
-            self._state = "renamed"
-            sync_directory(self._directory)
-        except OSError as error:
-            self._fail()
-            raise translate(error, operation="commit", path=self._final) from error
-        except UnavailableError:
-            self._fail()
-            raise
-        self._state = "committed"
-
-    def cancel(self) -> None:
-        if self._state == "open":
-            self._fail()
-
-    def __enter__(self) -> PosixSink:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if exc and exc[0] is not None:
-            self.cancel()
-        elif self._state == "open":
-            self.commit()
-
-    def __del__(self) -> None:
-        if self._process == os.getpid():  # a forked child merely inherited it, and must leave the file
-            self.cancel()
-
-    def _drain(self) -> None:
-        if self._buffer:
-            write_all(self._fd, memoryview(self._buffer))
-            self._buffer = bytearray()
-
-    def _fail(self) -> None:
-        """Give the temporary file back. After a failed fsync the kernel has forgotten which pages it could
-        not write, so a second one would report success: the sink stays dead."""
-        renamed, self._state = self._state == "renamed", "dead"
-        self._buffer = bytearray()
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-        if not renamed:
-            unlink(self._temporary)
-
-    def _need_open(self, operation: str) -> None:
-        if self._state != "open":
-            raise InvalidError(
-                f"the sink of {self._final} is {self._state}",
-                operation=operation,
-                path=self._final,
-                hint="a sink is used once; after an error open a new one and write the object again",
-            )
 
 
 def _absent(path: str) -> FileNotFoundError:

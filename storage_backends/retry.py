@@ -121,9 +121,9 @@ class RetryStorage:
     def create(self, name: str, data: bytes) -> bytes | None:
         return self._policy.call(lambda: self.inner.create(name, data))
 
-    def sink(self, name: str) -> Sink:
+    def sink(self, name: str, size: int | None = None) -> Sink:
         """Opening is repeated; what happens inside the sink is not."""
-        return self._policy.call(lambda: self.inner.sink(name))
+        return self._policy.call(lambda: self.inner.sink(name, size))
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         return self._policy.call(lambda: self.inner.read(name, start, end))

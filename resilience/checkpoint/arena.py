@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,10 +24,10 @@ from resilience.checkpoint.memory import Available, available
 from resilience.checkpoint.plan import ALIGN, align
 from resilience.errors import ExhaustedError, InvalidError
 
-_MAGIC = b"RSARENA1"
+_MAGIC = b"RSARENA2"
 _HEADER = struct.Struct("<8sQQQ")  # magic, slots, slot bytes, distance between slots
 _FIRST_WORD = 8  # in 8-byte words: the slot records begin at byte 64
-_WORDS = 4  # of a record: kind, step, generation, sequence
+_WORDS = 6  # of a record: kind, step, generation, sequence, copied, attempt
 MAX_SLOTS = (ALIGN - 8 * _FIRST_WORD) // (8 * _WORDS)
 _BLOCK = 64 << 20  # memory is taken in blocks of this size, with a look at what is left before each
 _MARGIN = 64 << 20  # never taken: what the processes around us need while we take the rest
@@ -46,12 +47,18 @@ class SlotKind(IntEnum):
 
 @dataclass(frozen=True)
 class SlotState:
-    """A slot's state. ``step`` and ``generation`` count from SEALED on; ``sequence`` orders the seals."""
+    """A slot's state. ``step`` and ``generation`` count from SEALED on; ``sequence`` orders the seals.
+
+    ``copied`` is how many bytes of the slot, from its beginning, the rank will not touch again in this ``attempt``;
+    a number that grows whenever the slot is taken, so that a reader notices.
+    """
 
     kind: SlotKind
     step: int
     generation: int
     sequence: int
+    copied: int = 0
+    attempt: int = 0
 
 
 class Arena:
@@ -74,18 +81,19 @@ class Arena:
         """Take the memory, all of it, now: no page fault later, and no surprise.
 
         Args:
-            slots: at least 2, so that one whole snapshot exists while the next is copied.
+            slots: 2, so that one whole snapshot exists while the next is copied, or more. With 1, where there is
+                no memory for two, the next copy has to wait until this one is durable.
             slot_bytes: of each slot; the plan's ``size``.
             probe: says how much memory may be taken.
 
         Raises:
             ExhaustedError: there is too little. Nothing is kept.
         """
-        if not 2 <= slots <= MAX_SLOTS or slot_bytes < 1:
+        if not 1 <= slots <= MAX_SLOTS or slot_bytes < 1:
             raise InvalidError(
                 f"an arena of {slots} slots of {slot_bytes} bytes",
                 operation="arena",
-                hint=f"2 to {MAX_SLOTS} slots of at least one byte",
+                hint=f"1 to {MAX_SLOTS} slots of at least one byte",
             )
         stride = align(slot_bytes)
         total = ALIGN + slots * stride
@@ -146,7 +154,8 @@ class Arena:
     def acquire(self) -> int | None:
         """A slot to overwrite, now WRITING; ``None`` when the writer is behind and all are busy.
 
-        Free ones first, then the oldest the writer has finished with, but never the newest whole snapshot.
+        Free ones first, then the oldest the writer has finished with, but never the newest whole snapshot, except
+        in an arena of one slot.
         """
         states = [self.state(index) for index in range(self.slots)]
         whole = [state.sequence for state in states if state.kind >= SlotKind.SEALED]
@@ -154,14 +163,25 @@ class Arena:
         usable = [
             (state.sequence if state.kind is not SlotKind.FREE else -1, index)
             for index, state in enumerate(states)
-            if state.kind is SlotKind.FREE or (state.kind >= SlotKind.PERSISTED and state.sequence != newest)
+            if state.kind is SlotKind.FREE
+            or (state.kind >= SlotKind.PERSISTED and (state.sequence != newest or self.slots == 1))
         ]
         if not usable:
             return None
         _, index = min(usable)
         # First word first: from here until ``seal`` the slot counts for nothing, whenever we may be killed.
         self._set(index, SlotKind.WRITING)
+        word = _FIRST_WORD + index * _WORDS
+        self._words[word + 4] = 0
+        self._words[word + 5] += 1
+        fence()  # nothing is copied before everybody can see that this is another attempt
         return index
+
+    def advance(self, index: int, copied: int) -> None:
+        """The first ``copied`` bytes of the slot are as they will be sealed. Called after the copy, by any thread
+        that did its part of it or has waited for those that did; the number must only grow."""
+        fence()
+        self._words[_FIRST_WORD + index * _WORDS + 4] = copied
 
     def seal(self, index: int, step: int, generation: int) -> None:
         """Declare the slot a whole snapshot: WRITING -> SEALED. The kind is written last, in one store."""
@@ -171,6 +191,7 @@ class Arena:
         self._words[word + 1] = step
         self._words[word + 2] = generation
         self._words[word + 3] = sequence
+        fence()
         self._set(index, SlotKind.SEALED)
 
     def abort(self, index: int) -> None:
@@ -215,7 +236,8 @@ class Arena:
         while True:
             record = tuple(self._words[word : word + _WORDS])
             if record[0] == self._words[word] and record[3] == self._words[word + 3]:
-                return SlotState(SlotKind(record[0]), record[1], record[2], record[3])
+                fence()  # what is read of the slot from here on is at least as new as what its state promises
+                return SlotState(SlotKind(record[0]), *record[1:])
 
     def close(self) -> None:
         """Unmap and close. Views still in use keep the memory until they are gone. May run twice."""
@@ -236,9 +258,7 @@ class Arena:
         self.close()
 
     def _set(self, index: int, kind: SlotKind) -> None:
-        # One aligned 8-byte store: no other process can see half of it. x86 and arm64 kernels order it
-        # against the copies before it at the latest when this process is descheduled or ends; the message
-        # that tells the writer of a seal is a system call, and comes after.
+        # One aligned 8-byte store: no other process can see half of it.
         self._words[_FIRST_WORD + index * _WORDS] = int(kind)
 
     def _check_index(self, index: int) -> int:
@@ -255,6 +275,21 @@ class Arena:
                 operation="arena",
                 hint="slots go FREE -> WRITING -> SEALED -> PERSISTED or RELEASED",
             )
+
+
+_FENCE = threading.Lock()
+
+
+def fence() -> None:
+    """Nothing in memory that comes before this is seen, by whatever process, later than what comes after it.
+
+    Python has no barrier of its own, but giving a lock back is a release, and taking one an acquire, and no
+    processor moves an acquire before an earlier release. x86 needs none of this between stores; arm64 does.
+    """
+    with _FENCE:
+        pass
+    with _FENCE:
+        pass
 
 
 def _map(fd: int, size: int) -> mmap.mmap:

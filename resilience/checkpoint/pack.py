@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import google_crc32c
 import numpy as np
 
+from resilience.checkpoint.follow import Sealed, Source
 from resilience.checkpoint.part import Part, PartChunk, pack_name, part_name, sha256
 from resilience.checkpoint.plan import CRC_BYTES
 from resilience.errors import CorruptError, InvalidError
 from storage_backends.base import Storage
 
+_WRITE = 4 << 20  # bytes gathered before a write, chunks permitting
 _READ = 64 << 20  # bytes asked for at once when copying, chunks permitting
 _CRC = struct.Struct("<I")
 _HINT = "restore an older checkpoint; `resilience verify` lists the damaged ones"
@@ -55,54 +57,81 @@ def persist(
     storage: Storage,
     directory: str,
     *,
+    source: Source = Sealed(),  # noqa: B008 - it has no state
     failpoint: Failpoint = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> PersistResult:
-    """Make a sealed slot durable: the pack, then the part. May run again after any failure.
+    """Make a slot durable: the pack, then the part. May run again after any failure.
 
     Args:
         view: the slot; its CRC fields are filled in, nothing else is changed.
         part: the draft that belongs to it.
         directory: of the checkpoint, from ``part.directory()``.
+        source: says how far the slot may be read, where it is not sealed yet. Nothing is published before it is.
         failpoint: called with ``pack.chunk`` after each chunk, ``pack.done``, ``part.done``.
 
     Raises:
         InvalidError: the part exists already with other contents: this step was saved before, differently.
         UnavailableError, ExhaustedError: of the storage. No part is visible then, or it is whole.
+        Torn: of ``source``. Nothing is visible.
     """
     begun = clock()
     name = part_name(directory, part.rank)
     try:
         there = storage.read(name)
     except FileNotFoundError:
-        data = _stream(view, part, storage, directory, failpoint)
+        data = _stream(view, part, storage, directory, source, failpoint)
         failpoint("pack.done")
         _create(storage, name, data)
     else:
         # Saved before: by this writer's predecessor, which died before it could tell, or by a mistake.
-        data = part.with_crcs([_checksum(view, chunk) for chunk in part.chunks]).encode()
+        source.sealed()
+        data = part.with_crcs([_checksum(view, chunk, source) for chunk in part.chunks]).encode()
         if there != data:
             raise _taken(name)
     failpoint("part.done")
     return PersistResult(name, sha256(data), part.size, clock() - begun)
 
 
-def _stream(view: memoryview, part: Part, storage: Storage, directory: str, failpoint: Failpoint) -> bytes:
+def _stream(
+    view: memoryview, part: Part, storage: Storage, directory: str, source: Source, failpoint: Failpoint
+) -> bytes:
     """Write the pack, computing CRCs on the way; returns the part's bytes. Durable when it returns."""
     crcs = []
-    with storage.sink(pack_name(directory, part.rank)) as sink:
-        for number, (start, end) in enumerate(_pieces(part)):
+    with storage.sink(pack_name(directory, part.rank), part.size) as sink:
+        written = 0
+
+        def hand_over(end: int) -> None:
+            """Many small chunks in one write; of a large one, what is summed is on its way while the rest is."""
+            nonlocal written
+            if end - written >= _WRITE or end == part.size:
+                sink.write(view[written:end])
+                written = end
+
+        for number, (_, end) in enumerate(_pieces(part)):
             if part.chunks:
-                crcs.append(_checksum(view, part.chunks[number]))
-            sink.write(view[start:end])
+                crcs.append(_checksum(view, part.chunks[number], source, hand_over))
+            source.until(end)
+            hand_over(end)
             failpoint("pack.chunk")
+        source.sealed()
     return part.with_crcs(crcs).encode()
 
 
-def _checksum(view: memoryview, chunk: PartChunk) -> int:
-    """The CRC32C of a chunk's payload, also written into the four bytes after it."""
+def _checksum(
+    view: memoryview, chunk: PartChunk, source: Source, summed: Callable[[int], None] = lambda end: None
+) -> int:
+    """The CRC32C of a chunk's payload, also written into the four bytes after it. ``summed`` is told of every
+    multiple of ``_WRITE`` that is done."""
     end = chunk.offset + chunk.length
-    crc = crc32c(view[chunk.offset : end])
+    crc = 0
+    # The C function does not let go of the interpreter: in pieces, so that the threads that write get it too.
+    for start in range(chunk.offset, end, _WRITE):
+        stop = min(start + _WRITE, end)
+        source.until(stop)
+        crc = int(google_crc32c.extend(crc, np.frombuffer(view[start:stop], np.uint8)))
+        if stop < end:
+            summed(stop)
     _CRC.pack_into(view, end, crc)
     return crc
 
@@ -113,12 +142,14 @@ def copy(
     directory: str,
     rank: int,
     *,
+    pace: Callable[[int], None] = lambda count: None,
     failpoint: Failpoint = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> PersistResult:
     """Copy a rank's pack and part to another tier, verifying every chunk on the way.
 
-    ``failpoint`` is called with ``drain.chunk`` after each piece and ``drain.done``.
+    ``pace`` is called with the length of each piece, and may take its time (see ``pace``); ``failpoint`` with
+    ``drain.chunk`` after each piece and ``drain.done``.
 
     Raises:
         CorruptError: the source is damaged; names file and byte range. Nothing is visible in the target.
@@ -138,9 +169,10 @@ def copy(
             hint=_HINT,
         )
     if not _holds(target, name, data):
-        with target.sink(part.pack_name) as sink:
+        with target.sink(part.pack_name, part.size) as sink:
             for _, block in read_checked(source, part):
                 sink.write(block)
+                pace(len(block))
                 failpoint("drain.chunk")
         _create(target, name, data)
     failpoint("drain.done")

@@ -13,18 +13,24 @@ from collections.abc import Collection
 from resilience.checkpoint.part import directory
 from resilience.control.types import CheckpointRef
 from storage_backends.base import Storage
+from storage_backends.recycle import recycle
 
 
 def delete(storage: Storage, ref: CheckpointRef) -> None:
     """Remove a retired checkpoint's bytes from one tier. May run twice, and go on where it was interrupted.
 
     Parts go before packs: whoever looks at what is left of a half-deleted checkpoint finds parts missing,
-    which every reader refuses.
+    which every reader refuses. The packs' space is kept for the next ones, where the storage can: this is the one
+    place from which a file may be recycled, and only because nothing committed names it any more.
     """
     where = directory(ref.step, ref.generation)
-    for name in storage.list(where):
+    names = storage.list(where)
+    for name in names:
         if name.endswith(".json"):
             storage.delete(name)
+    for name in names:
+        if name.endswith(".pack"):
+            recycle(storage, name)
     storage.delete_all(where)
 
 

@@ -7,8 +7,9 @@ Must never seal a slot that was not filled completely, and never keep a referenc
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ from resilience.checkpoint.plan import ArraySpec, Chunk, Plan, specs
 from resilience.errors import ExhaustedError, InvalidError
 
 _ALONE = 4 << 20  # bytes up to which a second thread costs more than it brings
+_TASK = (
+    4 << 20
+)  # bytes that a thread copies at a time, chunks permitting: a task costs as much as 100 KB copied
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def snapshot(
     step: int,
     generation: int,
     threads: int = 2,
+    announce: Callable[[int], None] = lambda attempt: None,
     before_seal: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Snapshot:
@@ -78,6 +83,8 @@ def snapshot(
         slot: from ``arena.acquire()``.
         arrays: by key, as ``tree.flatten`` returned them; more than the plan owns is fine.
         threads: that copy at the same time.
+        announce: called with the arena's ``attempt`` while the copy goes on, if that takes long enough for a writer
+            to follow it.
         before_seal: called when all is copied.
 
     Raises:
@@ -95,7 +102,8 @@ def snapshot(
                 step=step,
                 hint="make a new arena with slots of the plan's size",
             )
-        _fill(np.frombuffer(arena.view(slot), np.uint8), _sources(arrays, plan), plan, threads)
+        attempt = arena.state(slot).attempt
+        _fill(arena, slot, _sources(arrays, plan), plan, threads, lambda: announce(attempt))
         before_seal()
     except BaseException:
         arena.abort(slot)
@@ -133,7 +141,15 @@ def _mismatch(chunk: Chunk, problem: str) -> InvalidError:
     )
 
 
-def _fill(target: AnyArray, sources: Mapping[str, list[AnyArray]], plan: Plan, threads: int) -> None:
+def _fill(
+    arena: Arena,
+    slot: int,
+    sources: Mapping[str, list[AnyArray]],
+    plan: Plan,
+    threads: int,
+    begun: Callable[[], None],
+) -> None:
+    target = np.frombuffer(arena.view(slot), np.uint8)
     within = {spec.name: spec.boxes for spec in plan.arrays}
 
     def copy(chunk: Chunk) -> None:
@@ -145,10 +161,53 @@ def _fill(target: AnyArray, sources: Mapping[str, list[AnyArray]], plan: Plan, t
         for chunk in plan.chunks:
             copy(chunk)
         return
+    progress = _Progress(arena, slot)
+
+    def carry_out(number: int, task: Sequence[Chunk]) -> None:
+        for chunk in task:
+            copy(chunk)
+        progress.done(number, task[-1].end)
+
     with ThreadPoolExecutor(threads, thread_name_prefix="snapshot") as pool:
         # NumPy lets go of the interpreter while it copies, so threads do copy at the same time.
-        for done in pool.map(copy, plan.chunks):
-            assert done is None
+        tasks = [pool.submit(carry_out, number, task) for number, task in enumerate(_tasks(plan.chunks))]
+        try:
+            begun()
+        finally:
+            for task in tasks:
+                task.result()
+
+
+def _tasks(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """Neighbours together until they are worth a task: a state may have ten thousand small arrays."""
+    task: list[Chunk] = []
+    for chunk in chunks:
+        task.append(chunk)
+        if chunk.end - task[0].offset >= _TASK:
+            yield task
+            task = []
+    if task:
+        yield task
+
+
+class _Progress:
+    """Tells the arena up to where the slot is filled, whichever thread was faster."""
+
+    def __init__(self, arena: Arena, slot: int) -> None:
+        self._arena, self._slot = arena, slot
+        self._ends: dict[int, int] = {}  # of finished tasks after the first unfinished one
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def done(self, number: int, end: int) -> None:
+        with self._lock:
+            self._ends[number] = end
+            copied = 0
+            while self._next in self._ends:
+                copied = self._ends.pop(self._next)
+                self._next += 1
+            if copied:
+                self._arena.advance(self._slot, copied)
 
 
 def _copy(target: AnyArray, source: AnyArray, held: Box, chunk: Chunk) -> None:

@@ -28,6 +28,7 @@ from resilience.errors import ResilienceError
 from resilience.runtime.node import NodeProcesses
 from resilience.runtime.output import Outputs
 from storage_backends import open_storage
+from storage_backends.recycle import trim
 
 HEARTBEAT_S = 0.5
 LEASE_S = 60.0
@@ -100,7 +101,7 @@ class NodeAgent:
                 self._observed.put(_LOOK)
             elif kind == "die":
                 self._die()
-            elif kind in ("delete", "sweep") or (kind == "start" and order.get("fetch")):
+            elif kind in ("delete", "sweep", "trim") or (kind == "start" and order.get("fetch")):
                 self._slow.put(order)
             else:
                 if kind == "stop":
@@ -143,6 +144,9 @@ class NodeAgent:
             return
         ours = open_storage(self._config["nvme"])
         try:
+            if order["t"] == "trim":
+                trim(ours)
+                return
             if order["t"] == "sweep":
                 refs = retention.stale(ours, kept=order["kept"], below=order["below"])
             else:
@@ -165,7 +169,7 @@ class NodeAgent:
             name = item["name"]
             try:
                 length = ray.get(size.remote(name), timeout=_PEER_S)
-                with ours.sink(name) as sink:
+                with ours.sink(name, length) as sink:
                     for start in range(0, length, _BLOCK):
                         sink.write(
                             ray.get(read.remote(name, start, min(length, start + _BLOCK)), timeout=_PEER_S)

@@ -25,6 +25,7 @@ from resilience.journal.records import Kind
 from resilience.journal.state import LogState, candidates, fold
 from resilience.runtime.chronicle import Chronicle
 from storage_backends import Storage
+from storage_backends.recycle import trim
 
 _GRACE_S = (
     60.0  # between a retire record and the removal of its bytes: whoever began to restore it is done by then
@@ -102,6 +103,7 @@ class LogKeeper:
             if command is None:
                 # Nobody restores any more. What a run that did not finish leaves is collected when it goes on.
                 self._collect(everything=self._finished)
+                self._trim()
                 return
             if isinstance(command, CheckpointRef):
                 self._retired.append((time.monotonic() + _GRACE_S, command))
@@ -216,6 +218,14 @@ class LogKeeper:
         if self._sweep_at is not None and (everything or self._sweep_at <= now):
             self._sweep_at = None
             self._sweep()
+
+    def _trim(self) -> None:
+        """Nothing is saved any more: give back the space that was kept for the next packs."""
+        self._nodes({"t": "trim"})
+        try:
+            trim(self._storage)
+        except ResilienceError as error:
+            self._warn(f"could not give back the space of retired checkpoints: {error}")
 
     def _sweep(self) -> None:
         """Remove checkpoints of older generations that the log does not hold: retired ones whose removal was

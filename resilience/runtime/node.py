@@ -279,6 +279,9 @@ class NodeProcesses:
         if kind == "arena":
             self._saves.arena((process.generation, int(process.rank or 0), message["arena"]), fds[0])
             return
+        if kind == "copying":
+            self._saves.copying((process.generation, int(process.rank or 0), message["arena"]), message)
+            return
         if kind == "sealed":
             self._saves.sealed((process.generation, int(process.rank or 0), message["arena"]), message)
             message = {k: v for k, v in message.items() if k != "part"}

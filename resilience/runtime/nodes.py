@@ -50,7 +50,7 @@ class Nodes:
     """The nodes of one run.
 
     Args:
-        spec: the launch spec (``run, entry, env, nvme, shared, card, levels, wanted`` cards).
+        spec: the launch spec (``run, entry, env, nvme, shared, drain_rate, card, levels, wanted`` cards).
         supervisor: handle of the supervisor, for the agents to report to.
         usable: cards of the joined nodes that may be used, as ``control`` sees it.
         lost: called with (name, reason, last seen) when a member is gone.
@@ -209,6 +209,7 @@ class Nodes:
             "env": spec["env"],
             "shared": spec["shared"],
             "nvme": child(spec["nvme"], spec["run"], node.name) if spec["nvme"] else None,
+            "drain_rate": spec.get("drain_rate"),
         }
         agent = (
             ray.remote(concurrency_groups={"watch": 1, "read": 4})(NodeAgent)  # type: ignore[call-overload]

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from resilience.checkpoint.arena import Arena
@@ -25,7 +26,7 @@ from resilience.checkpoint.plan import Plan, plan
 from resilience.checkpoint.restore import Source, restore
 from resilience.checkpoint.snapshot import snapshot, specs_of
 from resilience.checkpoint.tree import flatten, unflatten
-from resilience.errors import CorruptError, UnavailableError
+from resilience.errors import CorruptError, ExhaustedError, UnavailableError
 from resilience.run import Interrupted, Run
 from resilience.runtime.failpoint import Failpoints
 from resilience.runtime.output import Stream
@@ -258,6 +259,25 @@ class RankHost:
             slot = self._acquire(arena, done)
             if slot is None:
                 return
+
+            @cache
+            def part() -> dict[str, Any]:
+                """Made while the copy goes on, if that takes a while."""
+                return draft(layout, skeleton, run=self.name, step=done, generation=self.generation).to_json()
+
+            def announce(attempt: int) -> None:
+                """The writer may begin while we copy. Only a head start: what counts is the seal."""
+                self.tell(
+                    {
+                        "t": "copying",
+                        "arena": self._arena_id,
+                        "slot": slot,
+                        "attempt": attempt,
+                        "step": done,
+                        "part": part(),
+                    }
+                )
+
             snapshot(
                 arena,
                 slot,
@@ -265,12 +285,12 @@ class RankHost:
                 layout,
                 step=done,
                 generation=self.generation,
+                announce=announce,
                 before_seal=lambda: self._reach("snapshot.copied", done),
             )
         stall = time.monotonic() - began
         self._page.add_stall(stall)
         self._saved = done
-        part = draft(layout, skeleton, run=self.name, step=done, generation=self.generation)
         self.tell(
             {
                 "t": "sealed",
@@ -279,7 +299,7 @@ class RankHost:
                 "step": done,
                 "stall_s": stall,
                 "size": layout.size,
-                "part": part.to_json(),
+                "part": part(),
             }
         )
         self._reach("snapshot.sealed", done)
@@ -288,10 +308,25 @@ class RankHost:
         if self._arena is None or self._arena.slot_bytes < layout.size:
             if self._arena is not None:
                 self._arena.close()  # the agent and the writer hold it as long as its slots are needed
-            self._arena = Arena.create(SLOTS, layout.size)
+            self._arena = self._new_arena(layout.size)
             self._arena_id += 1
             self.tell({"t": "arena", "arena": self._arena_id}, (self._arena.fd,))
         return self._arena
+
+    def _new_arena(self, size: int) -> Arena:
+        """Two slots; one where the memory is not there for two: slower, but a run, and nobody is killed."""
+        try:
+            return Arena.create(SLOTS, size)
+        except ExhaustedError as error:
+            arena = Arena.create(1, size)
+            self.tell(
+                {
+                    "t": "warning",
+                    "message": f"rank {self.rank} has memory for one snapshot only: each save waits until the one "
+                    f"before it is durable ({error})",
+                }
+            )
+            return arena
 
     def _acquire(self, arena: Arena, done: int) -> int | None:
         """A slot to write to. Waits for the writer, but not for one whose saves fail, nor a second time for one

@@ -53,7 +53,14 @@ class Saves:
     def start(self) -> None:
         """Start a writer with everything that waits for one."""
         self._writer = self._spawn("resilience.runtime.writer", "writer")
-        self.tell({"t": "open", "nvme": self._config["nvme"], "shared": self._config["shared"]})
+        self.tell(
+            {
+                "t": "open",
+                "nvme": self._config["nvme"],
+                "shared": self._config["shared"],
+                "drain_rate": self._config.get("drain_rate"),
+            }
+        )
         self.tell({"t": "arm", "failpoints": self._failpoints})
         for key, fd in self._arenas.items():
             self.tell({"t": "arena", "key": list(key)}, [fd])
@@ -78,6 +85,12 @@ class Saves:
         self.tell({"t": "arena", "key": list(key)}, [fd])
         self._orphans |= {old for old in self._arenas if old[:2] == key[:2] and old[2] < key[2]}
         self._forget()
+
+    def copying(self, key: ArenaKey, told: dict[str, Any]) -> None:
+        """A rank has begun to fill a slot: the writer may follow. A word that is lost with a writer costs only the
+        head start, so nothing is kept of it."""
+        order = {name: told[name] for name in ("slot", "attempt", "step", "part")}
+        self.tell({"t": "follow", "key": list(key), "generation": key[0], "rank": key[1], **order})
 
     def sealed(self, key: ArenaKey, seal: dict[str, Any]) -> None:
         """A rank sealed a slot: have it persisted."""

@@ -130,6 +130,30 @@ def test_transitions_out_of_order_are_refused() -> None:
                 action(0)
 
 
+def test_one_slot_is_taken_again_only_when_its_snapshot_is_durable_or_given_up() -> None:
+    with Arena.create(1, BYTES) as arena:
+        for finish in (arena.persisted, arena.release):
+            assert arena.acquire() == 0
+            assert arena.acquire() is None
+            arena.seal(0, 1, 1)
+            assert arena.acquire() is None
+            finish(0)
+
+
+def test_every_taking_is_another_attempt_with_nothing_copied() -> None:
+    with Arena.create(1, BYTES) as arena:
+        seen = set()
+        for _ in range(3):
+            assert arena.acquire() == 0
+            state = arena.state(0)
+            assert state.copied == 0
+            seen.add(state.attempt)
+            arena.advance(0, 4096)
+            assert arena.state(0).copied == 4096
+            arena.abort(0)
+        assert len(seen) == 3
+
+
 def test_wrong_descriptors_and_sizes_are_refused(tmp_path: Path) -> None:
     file = (tmp_path / "x").open("wb+")
     file.write(bytes(8192))
@@ -137,7 +161,7 @@ def test_wrong_descriptors_and_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidError, match="not an arena"):
         Arena.attach(file.fileno())
     file.close()
-    for slots, size in ((1, BYTES), (MAX_SLOTS + 1, BYTES), (2, 0)):
+    for slots, size in ((0, BYTES), (MAX_SLOTS + 1, BYTES), (2, 0)):
         with pytest.raises(InvalidError):
             Arena.create(slots, size)
 

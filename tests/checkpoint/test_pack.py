@@ -175,13 +175,21 @@ def test_a_damaged_source_is_not_drained(
     assert target.list(WHERE) == []
 
 
+def test_a_drain_keeps_its_pace(sealed: Sealed, storage: Storage, tmp_path: Path) -> None:
+    pack.persist(sealed.view, sealed.part, storage, WHERE)
+    counts: list[int] = []
+    pack.copy(storage, open_storage(str(tmp_path / "shared")), WHERE, 0, pace=counts.append)
+    assert sum(counts) == sealed.part.size
+
+
 def test_a_missing_part_is_not_found(storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         pack.copy(storage, open_storage(str(tmp_path / "shared")), WHERE, 0)
 
 
-def test_a_full_disk_leaves_nothing(sealed: Sealed, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing(sealed: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The save fails with an error of ours; what was committed earlier is not touched."""
+    monkeypatch.setattr(pack, "_WRITE", 4096)
     target = Full(open_storage(str(tmp_path / "full")))
     with pytest.raises(ExhaustedError):
         pack.persist(sealed.view, sealed.part, target, WHERE)
@@ -197,8 +205,8 @@ class Full:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def sink(self, name: str) -> Any:
-        sink, count = self._inner.sink(name), iter(range(100))
+    def sink(self, name: str, size: int | None = None) -> Any:
+        sink, count = self._inner.sink(name, size), iter(range(100))
         write = sink.write
 
         def limited(data: bytes | memoryview) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from resilience.checkpoint.arena import Arena, SlotKind
 from resilience.checkpoint.plan import ArraySpec, plan, specs
-from resilience.checkpoint.snapshot import snapshot, specs_of
+from resilience.checkpoint.snapshot import _tasks, snapshot, specs_of
 from resilience.errors import ExhaustedError, InvalidError
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,46 @@ def test_any_number_of_threads_copies_the_same(threads: int) -> None:
             where = tuple(slice(o, o + n) for o, n in zip(chunk.box_offset, chunk.box_shape, strict=True))
             expected = np.asarray(state[chunk.key])[where].tobytes()
             assert bytes(arena.view(slot)[chunk.offset : chunk.offset + len(expected)]) == expected
+
+
+def test_progress_is_told_as_far_as_everything_before_it_is_there() -> None:
+    """Whichever thread is faster: the copied prefix is the array's bytes whenever somebody looks."""
+    random = np.random.default_rng(0)
+    state = {f"w{n:02}": random.integers(1, 255, (5 << 20) + n, np.uint8) for n in range(12)}
+    layout = plan(specs(state), rank=0, world_size=1)
+    with Arena.create(2, layout.size) as arena:
+        slot = arena.acquire()
+        assert slot is not None
+        looked: list[int] = []
+
+        def look(attempt: int) -> None:
+            assert attempt == arena.state(slot).attempt
+            while not looked or looked[-1] < layout.size:
+                copied = arena.state(slot).copied
+                for chunk in layout.chunks:
+                    if chunk.end <= copied and chunk.end > (looked[-1] if looked else 0):
+                        payload = arena.view(slot)[chunk.offset : chunk.offset + chunk.length]
+                        assert bytes(payload) == state[chunk.key].tobytes()
+                looked.append(copied)
+
+        snapshot(arena, slot, state, layout, step=1, generation=1, threads=3, announce=look)
+        assert looked[-1] == layout.size
+        assert looked == sorted(looked)
+
+
+def test_ten_thousand_small_arrays_are_few_tasks() -> None:
+    state = {f"w{n:05}": np.full(100, n, np.int32) for n in range(3000)}
+    layout = plan(specs(state), rank=0, world_size=1)
+    assert len(list(_tasks(layout.chunks))) <= 4
+    assert [chunk for task in _tasks(layout.chunks) for chunk in task] == list(layout.chunks)
+    with Arena.create(2, layout.size) as arena:
+        slot = arena.acquire()
+        assert slot is not None
+        snapshot(arena, slot, state, layout, step=1, generation=1)
+        image = arena.view(slot)
+        for chunk in layout.chunks:
+            payload = bytes(image[chunk.offset : chunk.offset + chunk.length])
+            assert payload == state[chunk.key].tobytes()
 
 
 def test_a_state_that_left_its_plan_is_refused_and_the_slot_is_free_again() -> None:

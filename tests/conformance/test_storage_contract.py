@@ -11,6 +11,7 @@ import pytest
 from resilience.errors import InvalidError
 from storage_backends import Storage, probe
 from storage_backends.ranges import read_into
+from storage_backends.recycle import recycle, trim
 
 LARGE = 33 * 1024 * 1024 + 7  # three parts of an S3 upload, the last one ragged
 
@@ -264,6 +265,35 @@ def test_delete_all_takes_what_dead_writers_left(storage: Storage) -> None:
     assert storage.list("c") == ["c/step-2/"]
 
 
+def test_recycle_deletes_and_trim_gives_back(storage: Storage) -> None:
+    body = bytes(range(256)) * 8192  # 2 MiB: large enough to be kept
+    for step in (1, 2):
+        with storage.sink(f"c/step-{step}/rank-0.pack", len(body)) as sink:
+            sink.write(body)
+    assert storage.link("c/step-1/rank-0.pack", "c/step-2/rank-0.old.pack")
+    for _ in range(2):
+        recycle(storage, "c/step-1/rank-0.pack")
+        assert storage.list("c/step-1") == []
+    recycle(storage, "c/step-2/rank-0.pack")
+    with storage.sink("c/step-3/rank-0.pack", len(body)) as sink:
+        sink.write(body[::-1])
+    assert storage.read("c/step-3/rank-0.pack") == body[::-1]
+    assert storage.read("c/step-2/rank-0.old.pack") == body, "a second name keeps the bytes"
+    recycle(storage, "never/was")
+    for _ in range(2):
+        trim(storage)
+    assert storage.read("c/step-3/rank-0.pack") == body[::-1]
+
+
+def test_a_sink_may_be_told_the_size_right_or_wrong(storage: Storage) -> None:
+    body = bytes(range(256)) * 8192
+    for said in (0, 100, len(body), 2 * len(body)):
+        with storage.sink("a", said) as sink:
+            sink.write(body[:5000])
+            sink.write(memoryview(body)[5000:])
+        assert storage.read("a") == body
+
+
 # --- names, paths, the rest ---------------------------------------------------------------------------------
 
 
@@ -277,6 +307,7 @@ def test_malformed_names_are_refused_everywhere(storage: Storage, name: str) -> 
         lambda: storage.read(name),
         lambda: storage.size(name),
         lambda: storage.delete(name),
+        lambda: recycle(storage, name),
         lambda: storage.path(name),
     ]
     if name not in ("", "a/"):  # those name directories

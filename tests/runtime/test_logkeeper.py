@@ -21,6 +21,7 @@ from resilience.runtime.chronicle import Chronicle
 from resilience.runtime.logkeeper import LogKeeper
 from storage_backends import open_storage
 from storage_backends.faults import Fault, FaultStorage
+from storage_backends.recycle import recycle
 
 
 class Watched(FaultStorage):
@@ -35,9 +36,9 @@ class Watched(FaultStorage):
         self.made.append(name)
         return answer
 
-    def sink(self, name):
+    def sink(self, name, size=None):
         self.made.append(name)
-        return super().sink(name)
+        return super().sink(name, size)
 
 
 class Keeper:
@@ -231,6 +232,19 @@ def test_a_finished_run_removes_what_is_retired_at_its_end(make, storage):
     finish = records(storage)[-1]
     assert finish.kind is Kind.FINISH
     assert (finish.body["step"], finish.body["value"], finish.body["result"]) == (10, '"done"', "finished")
+
+
+def test_at_the_end_no_space_is_kept_for_packs_to_come(tmp_path):
+    root = open_storage(str(tmp_path))
+    with root.sink("checkpoints/step-1-g1/rank-0.pack", 2 << 20) as sink:
+        sink.write(bytes(2 << 20))
+    recycle(root, "checkpoints/step-1-g1/rank-0.pack")
+    assert (tmp_path / ".recycled~").is_dir()
+    keeper = Keeper(root)
+    keeper.log.close()
+    assert not (tmp_path / ".recycled~").exists()
+    assert keeper.node_orders[-1] == {"t": "trim"}
+    keeper.close()
 
 
 def test_the_end_is_recorded_once_and_may_be_asked_for_again(make, storage):

@@ -1,5 +1,6 @@
 """A supervised rank's host, over a real channel and a real page; the test is its agent."""
 
+import gc
 import json
 import os
 import threading
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from resilience.checkpoint.arena import Arena, SlotKind
+from resilience.checkpoint.memory import Available
 from resilience.checkpoint.pack import persist
 from resilience.checkpoint.part import Part, directory
 from resilience.errors import InvalidError
@@ -76,6 +78,7 @@ class Agent:
 
 @pytest.fixture
 def make():
+    gc.collect()  # what tests before this one left in cycles
     before = len(os.listdir("/proc/self/fd"))
     made = []
 
@@ -339,3 +342,42 @@ def test_a_failure_tells_where_it_happened(agent):
     assert told["error"].startswith("InvalidError: cannot be saved")
     assert told["signature"].startswith("InvalidError@test_rank.py:")
     assert "raise InvalidError" in told["traceback"]
+
+
+def test_a_large_copy_is_announced_before_it_is_sealed(make):
+    agent = make(checkpoint_every=1)
+    agent.size = 1 << 20  # 8 MiB
+    agent.steps(1, 1)
+    told = [m for m in agent.heard() if m["t"] in ("arena", "copying", "sealed")]
+    assert [m["t"] for m in told] == ["arena", "copying", "sealed"]
+    copying, sealed = told[1:]
+    assert copying["part"] == sealed["part"]
+    state = agent.arenas[0].state(sealed["slot"])
+    assert (copying["slot"], copying["attempt"]) == (sealed["slot"], state.attempt)
+    agent.size = 10
+    agent.steps(2, 2)
+    assert not agent.heard("copying")
+
+
+def test_memory_for_one_snapshot_is_used_for_one_and_it_is_said(make, monkeypatch):
+    create = Arena.create
+
+    def tight(slots, size):
+        free = 16384 if slots == 1 else 8192
+        return create(slots, size, probe=lambda: Available((64 << 20) + free, "cgroup x"))
+
+    monkeypatch.setattr("resilience.runtime.rank.Arena.create", tight)
+    agent = make(checkpoint_every=1)
+    agent.steps(1, 1)
+    [warning] = agent.heard("warning")
+    assert "one snapshot" in warning["message"]
+    assert "cgroup x" in warning["message"]
+    [arena] = agent.arenas
+    assert arena.slots == 1
+    # Training waits for the writer, and goes on when the slot is durable.
+    timer = threading.Timer(0.05, arena.persisted, (0,))
+    timer.start()
+    agent.steps(2, 2)
+    timer.join()
+    assert [m["step"] for m in agent.heard("sealed")] == [2]
+    assert arena.state(0).step == 2

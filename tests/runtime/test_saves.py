@@ -1,5 +1,6 @@
 """The node's side of saving, over a writer that is played by the test."""
 
+import gc
 import os
 
 import pytest
@@ -78,6 +79,7 @@ class Desk:
 
 @pytest.fixture
 def desk():
+    gc.collect()  # what tests before this one left in cycles
     before = len(os.listdir("/proc/self/fd"))
     made = Desk()
     assert [order["t"] for order in made.orders()] == ["open", "arm"]
@@ -204,3 +206,16 @@ def test_faults_of_the_writer_are_marked_as_its_own(desk):
     assert desk.said == [{"t": "inject", "index": 7, "source": "writer"}]
     desk.die()
     assert {"t": "arm", "failpoints": [{"index": 7}]} in desk.orders()
+
+
+def test_a_copy_that_has_begun_is_passed_on_and_nothing_is_kept_of_it(desk):
+    desk.arena()
+    desk.saves.copying(
+        (1, 0, 1), {"t": "copying", "slot": 0, "attempt": 3, "step": 4, "part": {}, "arena": 1}
+    )
+    [_, follow] = desk.orders()
+    assert (follow["t"], follow["key"], follow["attempt"], follow["step"]) == ("follow", [1, 0, 1], 3, 4)
+    desk.die()
+    assert kinds(desk.orders()) == [("open", None), ("arm", None), ("arena", None)]
+    desk.saves.orphan(1, 0)
+    assert kinds(desk.orders()) == [("forget", None)]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def rank():
 
 
 @pytest.fixture
-def writer(tmp_path, rank):
+def writer(tmp_path, rank, monkeypatch):
     ours, theirs = Channel.pair()
     process = subprocess.Popen(
         python_command("resilience.runtime.writer", str(theirs.fileno()), str(os.getpid()), "r", "n"),
@@ -55,6 +56,7 @@ def writer(tmp_path, rank):
         stderr=sys.stderr,
     )
     theirs.close()
+    monkeypatch.setenv("WRITER_PID", str(process.pid))
     ours.send({"t": "open", "nvme": str(tmp_path / "nvme"), "shared": str(tmp_path / "shared")})
     ours.send({"t": "arena", "key": [1, 0, 1]}, [rank.arena.fd])
     yield ours
@@ -164,3 +166,134 @@ def test_a_piece_that_was_sent_again_is_told():
     }
     ours.close()
     theirs.close()
+
+
+class Big(Rank):
+    """A rank whose copies are worth following, and can be stopped in the middle."""
+
+    def __init__(self) -> None:
+        self.state = {f"w{n:02}": np.full(1 << 20, n, np.uint8) for n in range(16)}
+        arrays, _ = flatten(self.state, prefix="")
+        self.layout = plan(specs_of(arrays, self.state), rank=0, world_size=1)
+        self.arena = Arena.create(2, self.layout.size)
+
+    def begin(self, step: int, chunks: int) -> dict:
+        """Copy that many chunks; returns the order to follow."""
+        _, skeleton = flatten(self.state, prefix="")
+        slot = self.arena.acquire()
+        assert slot is not None
+        for chunk in self.layout.chunks[:chunks]:
+            payload = self.state[chunk.key].tobytes()
+            self.arena.view(slot)[chunk.offset : chunk.offset + len(payload)] = payload
+            self.arena.advance(slot, chunk.end)
+        part = draft(self.layout, skeleton, run="r", step=step, generation=1)
+        order = {"t": "follow", "key": [1, 0, 1], "generation": 1, "rank": 0, "step": step}
+        return {**order, "slot": slot, "attempt": self.arena.state(slot).attempt, "part": part.to_json()}
+
+    def finish(self, order: dict) -> dict:
+        """Copy the rest and seal; returns the order to persist."""
+        for chunk in self.layout.chunks:
+            payload = self.state[chunk.key].tobytes()
+            self.arena.view(order["slot"])[chunk.offset : chunk.offset + len(payload)] = payload
+        self.arena.seal(order["slot"], order["step"], 1)
+        return {**{k: v for k, v in order.items() if k != "attempt"}, "t": "persist"}
+
+
+@pytest.fixture
+def big(writer):
+    made = Big()
+    writer.send({"t": "arena", "key": [1, 0, 1]}, [made.arena.fd])
+    yield made
+    made.arena.close()
+
+
+def eventually(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def files(path):
+    return sorted(p.name for p in path.rglob("*") if p.is_file())
+
+
+def test_what_is_copied_is_written_while_the_rest_is_copied_and_counts_after_the_order(writer, big, tmp_path):
+    order = big.begin(5, chunks=8)
+    writer.send(order)
+    eventually(lambda: any(name.endswith("~") for name in files(tmp_path / "nvme")))
+    persist = big.finish(order)
+    # Its part is durable before anybody was told to persist, and nothing was said of it.
+    eventually(lambda: files(tmp_path / "nvme") == ["rank-0.json", "rank-0.pack"])
+    assert big.arena.state(order["slot"]).kind is SlotKind.SEALED
+    writer.send(persist)
+    got = replies(writer, "slot_free")
+    assert [(m["t"], m.get("tier")) for m in got if m.get("tier") != "shared"] == [
+        ("persisted", "nvme"),
+        ("slot_free", None),
+    ]
+    if ("persisted", "shared") not in [(m["t"], m.get("tier")) for m in got]:
+        replies(writer, "persisted", tier="shared")
+    assert big.arena.state(order["slot"]).kind is SlotKind.PERSISTED
+    packs = [tmp_path / tier / "checkpoints/step-5-g1/rank-0.pack" for tier in ("nvme", "shared")]
+    assert packs[0].read_bytes() == packs[1].read_bytes() == bytes(big.arena.view(order["slot"]))
+
+
+@pytest.mark.parametrize("chunks", [0, 8, 16])
+def test_a_rank_that_dies_in_its_copy_leaves_nothing_and_holds_nobody_up(writer, rank, big, tmp_path, chunks):
+    other = Rank()
+    writer.send({"t": "arena", "key": [1, 1, 1]}, [other.arena.fd])
+    writer.send(big.begin(5, chunks=chunks))  # and never finishes
+    writer.send({**other.seal(6), "key": [1, 1, 1]})
+    assert replies(writer, "slot_free")[-1]["saved"] is True
+    writer.send({"t": "forget", "key": [1, 0, 1]})
+    assert not (tmp_path / "nvme/checkpoints/step-5-g1/rank-0.pack").exists()
+    assert [name for name in files(tmp_path / "nvme") if name.endswith("~")] == []
+    other.arena.close()
+
+
+def test_an_arena_is_forgotten_while_its_copy_is_followed(writer, big, rank, tmp_path):
+    writer.send(big.begin(5, chunks=3))
+    writer.send({"t": "forget", "key": [1, 0, 1]})
+    writer.send({"t": "arena", "key": [1, 0, 2]}, [rank.arena.fd])
+    writer.send({**rank.seal(6), "key": [1, 0, 2]})
+    assert replies(writer, "slot_free")[-1]["saved"] is True
+    assert [name for name in files(tmp_path / "nvme") if name.endswith("~")] == []
+
+
+def test_a_copy_that_was_given_up_is_not_taken_for_the_next_of_the_same_step(writer, big, tmp_path):
+    first = big.begin(5, chunks=16)
+    writer.send(first)
+    eventually(lambda: any(name.endswith("~") for name in files(tmp_path / "nvme")))
+    big.arena.abort(first["slot"])
+    for array in big.state.values():
+        array += 100
+    writer.send(big.finish(big.begin(5, chunks=0)))
+    assert replies(writer, "slot_free")[-1]["saved"] is True
+    pack = (tmp_path / "nvme/checkpoints/step-5-g1/rank-0.pack").read_bytes()
+    assert pack[:100] == bytes([100]) * 100
+
+
+def test_a_head_start_that_fails_is_told_with_the_order_only(writer, big, tmp_path):
+    (tmp_path / "nvme").mkdir(exist_ok=True)
+    (tmp_path / "nvme" / "checkpoints").write_text("in the way")
+    order = big.begin(5, chunks=8)
+    writer.send(order)
+    writer.send(big.finish(order))
+    got = replies(writer, "slot_free")
+    assert [(m["t"], m.get("tier")) for m in got] == [
+        ("save_failed", "nvme"),
+        ("persisted", "shared"),
+        ("slot_free", None),
+    ]
+
+
+def test_threads_of_the_writer_yield_to_training(writer, rank):
+    writer.send(rank.seal(1))
+    replies(writer, "persisted", tier="shared")
+    pid = int(os.environ["WRITER_PID"])
+    nices = sorted(os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir(f"/proc/{pid}/task"))
+    assert nices[-1] == 19
+    assert nices[0] == os.getpriority(
+        os.PRIO_PROCESS, 0
+    )  # whoever reads the orders does not wait for the processor
