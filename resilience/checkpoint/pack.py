@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import google_crc32c
 import numpy as np
 
-from resilience.checkpoint.part import Part, PartChunk, pack_name, part_name, sha256
+from resilience.checkpoint.part import CRC_BLOCK, Part, PartChunk, pack_name, part_name, sha256
 from resilience.checkpoint.plan import CRC_BYTES
 from resilience.errors import CorruptError, InvalidError
 from storage_backends.base import Storage
@@ -43,10 +43,10 @@ class PersistResult:
     seconds: float
 
 
-def crc32c(data: bytes | memoryview) -> int:
-    """CRC32C (Castagnoli), as the Zarr ``crc32c`` codec computes it."""
+def crc32c(data: bytes | memoryview, before: int = 0) -> int:
+    """CRC32C (Castagnoli), as the Zarr ``crc32c`` codec computes it; of what has the CRC ``before``, then ``data``."""
     # The C function refuses memoryviews, and takes NumPy arrays over the same memory.
-    return int(google_crc32c.value(np.frombuffer(data, np.uint8) if len(data) else b""))
+    return int(google_crc32c.extend(before, np.frombuffer(data, np.uint8) if len(data) else b""))
 
 
 def persist(
@@ -80,7 +80,7 @@ def persist(
         _create(storage, name, data)
     else:
         # Saved before: by this writer's predecessor, which died before it could tell, or by a mistake.
-        data = part.with_crcs([_checksum(view, chunk) for chunk in part.chunks]).encode()
+        data = _with_crcs(part, [_checksum(view, chunk) for chunk in part.chunks]).encode()
         if there != data:
             raise _taken(name)
     failpoint("part.done")
@@ -96,15 +96,22 @@ def _stream(view: memoryview, part: Part, storage: Storage, directory: str, fail
                 crcs.append(_checksum(view, part.chunks[number]))
             sink.write(view[start:end])
             failpoint("pack.chunk")
-    return part.with_crcs(crcs).encode()
+    return _with_crcs(part, crcs).encode()
 
 
-def _checksum(view: memoryview, chunk: PartChunk) -> int:
-    """The CRC32C of a chunk's payload, also written into the four bytes after it."""
+def _with_crcs(part: Part, sums: Sequence[tuple[int, bytes]]) -> Part:
+    return part.with_crcs([crc for crc, _ in sums], [running for _, running in sums])
+
+
+def _checksum(view: memoryview, chunk: PartChunk) -> tuple[int, bytes]:
+    """The CRC32C of a chunk's payload, also written into the four bytes after it, and the running CRCs before."""
     end = chunk.offset + chunk.length
-    crc = crc32c(view[chunk.offset : end])
+    crc, running = 0, []
+    for start in range(chunk.offset, end, CRC_BLOCK):
+        crc = crc32c(view[start : min(start + CRC_BLOCK, end)], crc)
+        running.append(crc)
     _CRC.pack_into(view, end, crc)
-    return crc
+    return crc, struct.pack(f"<{max(len(running), 1) - 1}I", *running[:-1])
 
 
 def copy(
