@@ -6,7 +6,7 @@ the outside goes through a ``Host``: the rank's process under supervision, or no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -21,6 +21,27 @@ class Interrupted(BaseException):
     from there when it is launched again. A ``BaseException`` so that ``except Exception`` does not catch it."""
 
 
+class Saved(Protocol):
+    """What a ``Run`` begins from. ``resilience.checkpoint.restore.Checkpoint`` is one; its docstrings say more."""
+
+    @property
+    def step(self) -> int:
+        """Completed steps."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of the objects that it holds, the random number generators left out."""
+
+    def into(self, objects: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill objects (by name) in place, and return them."""
+
+    def rebuild(self, name: str, value: Any) -> Any:
+        """A new tree like ``value``, of what was saved under ``name``."""
+
+    def generators(self) -> Any:
+        """States of the random number generators, for ``rng.apply``; ``None`` if there are none for this rank."""
+
+
 class Host(Protocol):
     """What a ``Run`` runs on. Called from the thread that runs the training function."""
 
@@ -30,9 +51,11 @@ class Host(Protocol):
     name: str
     generation: int
 
-    def restored(self) -> tuple[int, dict[str, Any]] | None:
-        """The step and state to begin from: completed steps, and object name → saved state; ``None`` from scratch.
-        The same answer however often it is called."""
+    def restored(self) -> Saved | None:
+        """What to begin from; ``None`` from scratch. The same answer however often it is called."""
+
+    def ready(self) -> None:
+        """Everything has been restored: the loop begins."""
 
     def begin(self, step: int) -> None:
         """A step begins (``step`` are completed)."""
@@ -76,7 +99,7 @@ class Run:
         self._looped = False
         self._asked = False
         restored = host.restored()
-        self.step = restored[0] if restored else 0
+        self.step = restored.step if restored else 0
 
     def track(self, *, rng: bool = True, **objects: Any) -> None:
         """Name what belongs to the training state; restored here if there is anything to restore.
@@ -115,17 +138,17 @@ class Run:
             fit.check(value, name=name)
             restored = self._host.restored()
             if restored is not None:
-                _step, state = restored
-                if name not in state:
+                if name not in restored.names:
+                    held = ", ".join(sorted(restored.names)) or "nothing"
                     raise InvalidError(
-                        f"the checkpoint holds no {name!r}; it holds {', '.join(sorted(state)) or 'nothing'}",
+                        f"the checkpoint holds no {name!r}; it holds {held}",
                         operation="restore",
                         path=name,
-                        step=_step,
+                        step=restored.step,
                         hint="track it under the name it was saved by, or start a new run with --name",
                     )
                 self._host.enter("restore")
-                fit.apply(value, state[name], name=name)
+                restored.into({name: value})
                 self._host.enter(self._sections[-1])
             self._objects[name] = value
         self._with_rng = self._with_rng and rng
@@ -160,8 +183,11 @@ class Run:
         host = self._host
         self._check_all_restored()
         restored = host.restored()
-        if restored is not None and self._with_rng and _RNG in restored[1]:
-            rng.apply(restored[1][_RNG])
+        if restored is not None and self._with_rng:
+            state = restored.generators()
+            if state is not None:
+                rng.apply(state)
+        host.ready()
         self._in_loop = True
         self._sections = ["step"]
         host.enter("step")
@@ -187,14 +213,14 @@ class Run:
         restored = self._host.restored()
         if restored is None:
             return
-        left = set(restored[1]) - set(self._objects) - {_RNG}
+        left = set(restored.names) - set(self._objects)
         if self._functional is not None:
             left.discard("functional")
         if left:
             raise InvalidError(
                 f"the checkpoint also holds {', '.join(sorted(left))}, which nothing tracks",
                 operation="restore",
-                step=restored[0],
+                step=restored.step,
                 hint="track it under that name (run.restore for functional state), or start a new run with --name",
             )
 
@@ -226,9 +252,11 @@ class Run:
         Also begins tracking it: hand every new state to ``save``."""
         self._functional = state
         restored = self._host.restored()
-        if restored is None or "functional" not in restored[1]:
+        if restored is None or "functional" not in restored.names:
             return state
-        self._functional = fit.rebuild(state, restored[1]["functional"], name="functional")
+        self._host.enter("restore")
+        self._functional = restored.rebuild("functional", state)
+        self._host.enter(self._sections[-1])
         return self._functional
 
     def save(self, state: Any) -> None:
@@ -278,6 +306,8 @@ class LocalHost:
 
     def restored(self) -> None:
         return None
+
+    def ready(self) -> None: ...
 
     def begin(self, step: int) -> None: ...
 

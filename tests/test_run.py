@@ -5,8 +5,26 @@ import random
 import numpy as np
 import pytest
 
+from resilience.checkpoint import fit
 from resilience.errors import InvalidError
 from resilience.run import Interrupted, LocalHost, Run
+
+
+class Held:
+    """A checkpoint in memory: what was captured, given back."""
+
+    def __init__(self, step, state):
+        self.step, self._state = step, state
+        self.names = [name for name in state if name != "rng"]
+
+    def into(self, objects):
+        return {name: fit.apply(value, self._state[name], name=name) for name, value in objects.items()}
+
+    def rebuild(self, name, value):
+        return fit.rebuild(value, self._state[name], name=name)
+
+    def generators(self):
+        return self._state.get("rng")
 
 
 class Recorder:
@@ -15,13 +33,16 @@ class Recorder:
     rank, world_size, local_rank, name, generation = 1, 4, 1, "r", 3
 
     def __init__(self, restored=None, *, save_at=(), stop_at=None):
-        self._restored = restored
+        self._restored = Held(*restored) if restored else None
         self.save_at, self.stop_at = save_at, stop_at
         self.told = []
         self.saved = []
 
     def restored(self):
         return self._restored
+
+    def ready(self):
+        self.told.append(("ready",))
 
     def begin(self, step):
         self.told.append(("begin", step))
@@ -72,6 +93,7 @@ def test_every_step_begins_and_ends_and_the_sections_say_where_it_is():
     assert [(step, run.step) for step in run.steps(2)] == [(0, 0), (1, 1)]
     assert run.step == 2
     assert host.told == [
+        ("ready",),
         ("enter", "step"),
         ("begin", 0),
         ("end", 1, 2),

@@ -10,12 +10,15 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from resilience.checkpoint import arrays as _arrays
 from resilience.checkpoint import tree
+from resilience.checkpoint.landing import blank
+from resilience.checkpoint.shard import Shard
 from resilience.errors import InvalidError
 
 _SHOWN = 20  # keys listed of each kind of misfit
@@ -59,8 +62,8 @@ def apply(value: Any, state: Any, *, name: str) -> Any:
         InvalidError: the state does not fit, and nothing was changed. Lists missing, unexpected and
             mis-shaped keys.
     """
-    _check_fit(value, state, name)
-    return _load(value, state)
+    check_fit(value, state, name=name)
+    return load(value, state)
 
 
 def rebuild(value: Any, state: Any, *, name: str) -> Any:
@@ -69,8 +72,91 @@ def rebuild(value: Any, state: Any, *, name: str) -> Any:
     Raises:
         InvalidError: as ``apply``.
     """
-    _check_fit(value, state, name)
-    return _build(value, state)
+    check_fit(value, state, name=name)
+    return build(value, state)
+
+
+def targets(value: Any, state: Any) -> Any:
+    """A state like ``capture(value)`` whose arrays may be filled with saved bytes before ``load``.
+
+    They are the object's own memory where loading means copying into it (torch modules, optimizers, arrays and
+    shards in dicts, lists and tuples), and new memory where an object decides itself what to do with its state.
+    torch's optimizers have no state before their first step: it is made here, and ``load`` lets them adopt it.
+
+    Args:
+        state: the saved one; of its arrays only type and shape are looked at.
+    """
+    value = _unwrap(value)
+    if _has_state_dict(value):
+        captured = value.state_dict()
+        if _is_torch(value, "Optimizer") and _is_plain_optimizer(value):
+            return _with_state(value, captured, state)
+        return captured if _is_torch(value, "Module") and _is_plain_module(value) else blanks(captured)
+    if isinstance(value, Mapping):
+        return {key: targets(item, state[key]) for key, item in value.items()}
+    if isinstance(value, list | tuple) and not _is_size(value):
+        return [targets(item, saved) for item, saved in zip(value, state, strict=True)]
+    return value
+
+
+def blanks(state: Any) -> Any:
+    """``state`` with new memory for every array."""
+    if _arrays.kind(state) is not None:
+        return blank(state)
+    if isinstance(state, Mapping):
+        return {key: blanks(item) for key, item in state.items()}
+    if isinstance(state, list | tuple) and not _is_size(state):
+        return [blanks(item) for item in state]
+    return state
+
+
+def _is_plain_optimizer(optimizer: Any) -> bool:
+    """Whether it loads as torch's do: it takes the tensors that it is given."""
+    base = sys.modules["torch"].optim.Optimizer
+    hooks = optimizer._optimizer_load_state_dict_pre_hooks
+    return type(optimizer).load_state_dict is base.load_state_dict and not hooks
+
+
+def _is_plain_module(module: Any) -> bool:
+    """Whether it loads as torch's do: by copying each tensor into its own, unchanged."""
+    base = sys.modules["torch"].nn.Module
+    return type(module).load_state_dict is base.load_state_dict and all(
+        _from_torch(type(each)._load_from_state_dict)
+        and all(
+            map(
+                _from_torch,
+                (*each._load_state_dict_pre_hooks.values(), *each._load_state_dict_post_hooks.values()),
+            )
+        )
+        for each in module.modules()
+    )
+
+
+def _from_torch(function: Any) -> bool:
+    """Those of torch that change bytes on loading (parametrizations, lazy modules) are not among these."""
+    function = getattr(function, "hook", function)  # torch wraps hooks to hand the module over
+    where = getattr(function, "__module__", None) or ""
+    return where == "torch.nn.modules.module" or where.startswith(("torch.nn.modules.", "torch.distributed."))
+
+
+def _with_state(optimizer: Any, captured: Any, saved: Any) -> Any:
+    """The captured state of an optimizer, with what it lacks of the saved one where that is like a parameter."""
+    torch = sys.modules["torch"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    state = dict(captured["state"])
+    for number, parameter in zip(numbers, parameters, strict=True):
+        mine = dict(state.get(number, {}))
+        for key, item in saved["state"].get(number, {}).items():
+            if (
+                key not in mine
+                and _arrays.kind(item) is not None
+                and tuple(item.shape) == tuple(parameter.shape)
+            ):
+                dtype = getattr(torch, _arrays.describe(item)[0])
+                mine[key] = torch.empty_like(parameter.detach(), dtype=dtype)
+        state[number] = mine
+    return {**captured, "state": state}
 
 
 def _unwrap(value: Any) -> Any:
@@ -103,28 +189,54 @@ def _like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
-def _load(value: Any, state: Any) -> Any:
+def load(value: Any, state: Any) -> Any:
+    """As ``apply``, of a state that is known to fit. Arrays that are the object's own memory are left as they are."""
     inner = _unwrap(value)
     if _has_state_dict(inner):
-        inner.load_state_dict(state)
+        if _is_torch(inner, "Module") and _is_plain_module(inner):
+            _load_module(inner, state)
+        else:
+            inner.load_state_dict(state)
         return value
     if _arrays.kind(value) is not None:
         return _load_array(value, state)
     if isinstance(value, Mapping):
-        loaded = {key: _load(item, state[key]) for key, item in value.items()}
+        loaded = {key: load(item, state[key]) for key, item in value.items()}
         if not isinstance(value, MutableMapping):
             return loaded
         value.update(loaded)
         return value
     if isinstance(value, list):
-        value[:] = [_load(item, saved) for item, saved in zip(value, state, strict=True)]
+        value[:] = [load(item, saved) for item, saved in zip(value, state, strict=True)]
         return value
     if isinstance(value, tuple) and not _is_size(value):
-        return _like(value, [_load(item, saved) for item, saved in zip(value, state, strict=True)])
+        return _like(value, [load(item, saved) for item, saved in zip(value, state, strict=True)])
     return state
 
 
+def _load_module(module: Any, state: Any) -> None:
+    """What was filled in place need not be copied onto itself; everything else takes torch's own way."""
+    own = module.state_dict()
+    rest = OrderedDict(
+        (key, item) for key, item in state.items() if key not in own or not _same_memory(own[key], item)
+    )
+    module.load_state_dict(rest, strict=len(rest) == len(own))
+
+
+def _same_memory(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if _arrays.kind(a) is None or _arrays.kind(b) is None:
+        return False
+    found = [_arrays.identity(tree.flatten(value, prefix="x")[0]["x"]) for value in (a, b)]
+    return found[0] is not None and found[0] == found[1]
+
+
 def _load_array(value: Any, state: Any) -> Any:
+    if _same_memory(value, state):
+        return value
+    if isinstance(value, Shard) and isinstance(state, Shard):
+        return replace(value, local=_load_array(value.local, state.local))
     match _arrays.kind(value):
         case "torch":
             torch = sys.modules["torch"]
@@ -138,20 +250,23 @@ def _load_array(value: Any, state: Any) -> Any:
             return _build_array(value, state)
 
 
-def _build(value: Any, state: Any) -> Any:
+def build(value: Any, state: Any) -> Any:
+    """As ``rebuild``, of a state that is known to fit."""
     if _arrays.kind(value) is not None:
         return _build_array(value, state)
     if isinstance(value, Mapping):
-        items = {key: _build(item, state[key]) for key, item in value.items()}
+        items = {key: build(item, state[key]) for key, item in value.items()}
         return OrderedDict(items) if isinstance(value, OrderedDict) else items
     if isinstance(value, list):
-        return [_build(item, saved) for item, saved in zip(value, state, strict=True)]
+        return [build(item, saved) for item, saved in zip(value, state, strict=True)]
     if isinstance(value, tuple) and not _is_size(value):
-        return _like(value, [_build(item, saved) for item, saved in zip(value, state, strict=True)])
+        return _like(value, [build(item, saved) for item, saved in zip(value, state, strict=True)])
     return state
 
 
 def _build_array(value: Any, state: Any) -> Any:
+    if isinstance(value, Shard) and isinstance(state, Shard):
+        return replace(value, local=_build_array(value.local, state.local))
     kind = _arrays.kind(value)
     return state if _arrays.kind(state) == kind else _arrays.build(_numpy(state), str(kind))
 
@@ -165,7 +280,8 @@ def _numpy(state: Any) -> _arrays.AnyArray:
 Misfit = tuple[str, str, str]
 
 
-def _check_fit(value: Any, state: Any, name: str) -> None:
+def check_fit(value: Any, state: Any, *, name: str) -> None:
+    """``InvalidError`` unless ``state`` can be loaded into ``value``. Of its arrays only type and shape count."""
     found = list(_misfits(value, state, name))
     if not found:
         return

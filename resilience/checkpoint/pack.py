@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import google_crc32c
 import numpy as np
 
 from resilience.checkpoint.follow import Sealed, Source
-from resilience.checkpoint.part import Part, PartChunk, pack_name, part_name, sha256
+from resilience.checkpoint.part import CRC_BLOCK, Part, PartChunk, pack_name, part_name, sha256
 from resilience.checkpoint.plan import CRC_BYTES
 from resilience.errors import CorruptError, InvalidError
 from storage_backends.base import Storage
@@ -45,10 +45,10 @@ class PersistResult:
     seconds: float
 
 
-def crc32c(data: bytes | memoryview) -> int:
-    """CRC32C (Castagnoli), as the Zarr ``crc32c`` codec computes it."""
+def crc32c(data: bytes | memoryview, before: int = 0) -> int:
+    """CRC32C (Castagnoli), as the Zarr ``crc32c`` codec computes it; of what has the CRC ``before``, then ``data``."""
     # The C function refuses memoryviews, and takes NumPy arrays over the same memory.
-    return int(google_crc32c.value(np.frombuffer(data, np.uint8) if len(data) else b""))
+    return int(google_crc32c.extend(before, np.frombuffer(data, np.uint8) if len(data) else b""))
 
 
 def persist(
@@ -86,7 +86,7 @@ def persist(
     else:
         # Saved before: by this writer's predecessor, which died before it could tell, or by a mistake.
         source.sealed()
-        data = part.with_crcs([_checksum(view, chunk, source) for chunk in part.chunks]).encode()
+        data = _with_crcs(part, [_checksum(view, chunk, source) for chunk in part.chunks]).encode()
         if there != data:
             raise _taken(name)
     failpoint("part.done")
@@ -115,25 +115,31 @@ def _stream(
             hand_over(end)
             failpoint("pack.chunk")
         source.sealed()
-    return part.with_crcs(crcs).encode()
+    return _with_crcs(part, crcs).encode()
+
+
+def _with_crcs(part: Part, sums: Sequence[tuple[int, bytes]]) -> Part:
+    return part.with_crcs([crc for crc, _ in sums], [running for _, running in sums])
 
 
 def _checksum(
     view: memoryview, chunk: PartChunk, source: Source, summed: Callable[[int], None] = lambda end: None
-) -> int:
-    """The CRC32C of a chunk's payload, also written into the four bytes after it. ``summed`` is told of every
-    multiple of ``_WRITE`` that is done."""
+) -> tuple[int, bytes]:
+    """The CRC32C of a chunk's payload, also written into the four bytes after it, and the running CRCs before.
+    ``summed`` is told of every block that is done."""
     end = chunk.offset + chunk.length
-    crc = 0
-    # The C function does not let go of the interpreter: in pieces, so that the threads that write get it too.
+    crc, running = 0, []
+    # The C function does not let go of the interpreter: in blocks, so that the threads that write get it too.
     for start in range(chunk.offset, end, _WRITE):
         stop = min(start + _WRITE, end)
         source.until(stop)
-        crc = int(google_crc32c.extend(crc, np.frombuffer(view[start:stop], np.uint8)))
+        for block in range(start, stop, CRC_BLOCK):
+            crc = crc32c(view[block : min(block + CRC_BLOCK, stop)], crc)
+            running.append(crc)
         if stop < end:
             summed(stop)
     _CRC.pack_into(view, end, crc)
-    return crc
+    return crc, struct.pack(f"<{max(len(running), 1) - 1}I", *running[:-1])
 
 
 def copy(

@@ -7,11 +7,16 @@ needs more than JSON to be read.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import itertools
 import json
 import math
 import re
+import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from resilience.checkpoint import arrays as _arrays
@@ -20,6 +25,7 @@ from resilience.checkpoint.plan import ALIGN, CRC_BYTES, Plan, Scope, grid_of, s
 from resilience.errors import CorruptError, InvalidError
 
 VERSION = 1
+CRC_BLOCK = 1 << 16  # bytes between two running CRCs of a chunk: what is read at least to check a piece of it
 _FORMAT = "resilience-part"
 _LINK = re.compile(r"rank-\d+\.from-step-\d+-g\d+\.pack")
 
@@ -49,8 +55,15 @@ class PartArray:
 
 @dataclass(frozen=True)
 class PartChunk:
-    """A chunk. ``array`` is an index; ``crc32c`` is of the payload, -1 in a draft; ``pack`` says which file holds
-    it: 0 the rank's own pack, n the part's n-th link."""
+    """A chunk.
+
+    Attributes:
+        array: index of its array.
+        crc32c: of the payload, -1 in a draft.
+        pack: which file holds it: 0 the rank's own pack, n the part's n-th link.
+        running: the CRC32C of the payload's first ``CRC_BLOCK`` bytes, of its first ``2 CRC_BLOCK`` and so on, short
+            of the whole; 32-bit little-endian integers. From one to the next the bytes between can be checked alone.
+    """
 
     array: int
     box_offset: tuple[int, ...]
@@ -59,10 +72,18 @@ class PartChunk:
     length: int
     crc32c: int = -1
     pack: int = 0
+    running: bytes = b""
 
     @property
     def box(self) -> Box:
         return Box(self.box_offset, self.box_shape)
+
+    def crc_at(self, at: int) -> int:
+        """The CRC32C of the payload's first ``at`` bytes: a multiple of ``CRC_BLOCK``, or all of them."""
+        if at in (0, self.length):
+            return self.crc32c if at else 0
+        (found,) = struct.unpack_from("<I", self.running, at // CRC_BLOCK * 4 - 4)
+        return int(found)
 
 
 @dataclass(frozen=True)
@@ -132,10 +153,11 @@ class Part:
         """The array's name in the rank's own state."""
         return array.name.removeprefix(f"rank-{self.rank}/") if array.scope is Scope.RANK else array.name
 
-    def with_crcs(self, crcs: list[int]) -> Part:
-        """The part with the CRC32C of each chunk filled in, in the order of ``chunks``."""
-        pairs = zip(self.chunks, crcs, strict=True)
-        return replace(self, chunks=tuple(replace(chunk, crc32c=crc) for chunk, crc in pairs))
+    def with_crcs(self, crcs: Sequence[int], running: Sequence[bytes] | None = None) -> Part:
+        """The part with the CRC32C of each chunk, and its running CRCs, filled in, in the order of ``chunks``. Without
+        ``running`` no chunk may be longer than ``CRC_BLOCK``."""
+        pairs = zip(self.chunks, crcs, running or [b""] * len(crcs), strict=True)
+        return replace(self, chunks=tuple(replace(it, crc32c=crc, running=more) for it, crc, more in pairs))
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-able values."""
@@ -155,7 +177,13 @@ class Part:
             ],
             "chunks": [
                 [c.array, list(c.box_offset), list(c.box_shape), c.offset, c.length, c.crc32c]
-                + ([c.pack] if c.pack else [])
+                + (
+                    [c.pack, base64.b64encode(c.running).decode()]
+                    if c.running
+                    else [c.pack]
+                    if c.pack
+                    else []
+                )
                 for c in self.chunks
             ],
             "state": self.state,
@@ -163,9 +191,10 @@ class Part:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Part:
+    def from_json(cls, data: dict[str, Any], like: Part | None = None) -> Part:
         """The inverse of ``to_json``. ``InvalidError`` on a newer version; ``KeyError``, ``TypeError`` or
-        ``ValueError`` on anything malformed."""
+        ``ValueError`` on anything malformed. What is as in ``like``, another part of the checkpoint, is shared with
+        it: who reads a thousand parts has neither time nor memory for each."""
         if data["format"] != _FORMAT:
             raise ValueError(f"format is {data['format']!r}")
         if int(data["version"]) > VERSION:
@@ -174,6 +203,20 @@ class Part:
                 operation="read part",
                 hint="upgrade this package: pip install -U resilience",
             )
+        known = like._rows if like is not None else {}
+        fresh: list[PartArray] = []
+        arrays = []
+        for row in data["arrays"]:
+            array = known.get(
+                (row[0], row[1], tuple(row[2]), None if row[3] is None else tuple(row[3]), row[4])
+            )
+            if array is None:
+                name, dtype, shape, grid, scope = row
+                array = PartArray(
+                    str(name), str(dtype), tuple(shape), None if grid is None else tuple(grid), Scope(scope)
+                )
+                fresh.append(array)
+            arrays.append(array)
         part = cls(
             run=str(data["run"]),
             step=int(data["step"]),
@@ -182,12 +225,7 @@ class Part:
             world_size=int(data["world_size"]),
             size=int(data["size"]),
             plan_hash=str(data["plan_hash"]),
-            arrays=tuple(
-                PartArray(
-                    str(name), str(dtype), tuple(shape), None if grid is None else tuple(grid), Scope(scope)
-                )
-                for name, dtype, shape, grid, scope in data["arrays"]
-            ),
+            arrays=tuple(arrays),
             chunks=tuple(
                 PartChunk(
                     int(array),
@@ -196,26 +234,33 @@ class Part:
                     int(offset),
                     int(length),
                     int(crc),
-                    *map(int, pack),
+                    int(rest[0]) if rest else 0,
+                    base64.b64decode(rest[1], validate=True) if rest[1:] else b"",
                 )
-                for array, start, shape, offset, length, crc, *pack in data["chunks"]
+                for array, start, shape, offset, length, crc, *rest in data["chunks"]
             ),
-            state=data["state"],
+            state=_shared(data["state"], like),
             version=int(data["version"]),
             links=tuple(Link(str(name), int(size)) for name, size in data.get("links", ())),
         )
-        part.check()
+        part.check(fresh)
         return part
+
+    @cached_property
+    def _rows(self) -> dict[tuple[Any, ...], PartArray]:
+        """Arrays by what their rows in JSON hold."""
+        return {(a.name, a.dtype, a.shape, a.grid, a.scope.value): a for a in self.arrays}
 
     def encode(self) -> bytes:
         """The bytes of the part file; the same for the same part, whoever writes it."""
         return json.dumps(self.to_json(), separators=(",", ":"), allow_nan=False).encode()
 
     @classmethod
-    def decode(cls, data: bytes, *, path: str) -> Part:
-        """Read a part file's bytes. ``CorruptError`` when they are none, ``InvalidError`` when too new."""
+    def decode(cls, data: bytes, *, path: str, like: Part | None = None) -> Part:
+        """Read a part file's bytes. ``CorruptError`` when they are none, ``InvalidError`` when too new. ``like`` as in
+        ``from_json``."""
         try:
-            return cls.from_json(json.loads(data))
+            return cls.from_json(json.loads(data), like)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptError(
                 f"part {path} cannot be read: {type(error).__name__}: {error}",
@@ -226,11 +271,12 @@ class Part:
                 hint="restore an older checkpoint; `resilience verify` lists the damaged ones",
             ) from error
 
-    def check(self) -> None:
-        """``ValueError`` or ``KeyError`` unless the numbers fit each other: readers may trust them then."""
+    def check(self, arrays: Iterable[PartArray] | None = None) -> None:
+        """``ValueError`` or ``KeyError`` unless the numbers fit each other: readers may trust them then. ``arrays``:
+        those to look at, where others were before."""
         if not 0 <= self.rank < self.world_size or self.size < ALIGN or self.size % ALIGN:
             raise ValueError(f"rank {self.rank} of {self.world_size} with a pack of {self.size} bytes")
-        for array in self.arrays:
+        for array in self.arrays if arrays is None else arrays:
             grid = array.shape if array.grid is None else array.grid
             if len(grid) != len(array.shape) or min((*grid, *array.shape, 1)) < 0:
                 raise ValueError(f"array {array.name} of shape {array.shape} in chunks of {array.grid}")
@@ -238,7 +284,7 @@ class Part:
         for link in self.links:
             if not _LINK.fullmatch(link.name) or link.size < ALIGN:
                 raise ValueError(f"a link {link.name!r} of {link.size} bytes")
-        end, pack = 0, 0
+        end, pack, packs = 0, 0, self.packs
         for chunk in self.chunks:
             if not pack <= chunk.pack <= len(self.links):
                 raise ValueError(f"a chunk in pack {chunk.pack} after one in {pack}")
@@ -251,9 +297,24 @@ class Part:
                 raise ValueError(f"chunk of {array.name} at {chunk.offset}, {chunk.length} bytes")
             if not _fits(chunk.box, array):
                 raise ValueError(f"chunk of {array.name} holds {chunk.box_shape} at {chunk.box_offset}")
+            if chunk.crc32c >= 0 and len(chunk.running) != (max(chunk.length, 1) - 1) // CRC_BLOCK * 4:
+                raise ValueError(
+                    f"chunk of {array.name} at {chunk.offset} has {len(chunk.running)} bytes of CRCs"
+                )
             end = chunk.offset + chunk.length + CRC_BYTES
-            if end > self.packs[pack][1]:
-                raise ValueError(f"a chunk ends at {end} in a pack of {self.packs[pack][1]} bytes")
+            if end > packs[pack][1]:
+                raise ValueError(f"a chunk ends at {end} in a pack of {packs[pack][1]} bytes")
+
+
+def _shared(state: Any, like: Part | None) -> Any:
+    """``state``, with those of its objects that are as in ``like`` taken from there."""
+    if like is None or not isinstance(state, dict) or not isinstance(state.get("v"), list):
+        return state
+    theirs = like.state.get("v", ()) if isinstance(like.state, dict) else ()
+    return {
+        **state,
+        "v": [b if a == b else a for a, b in itertools.zip_longest(state["v"], theirs)][: len(state["v"])],
+    }
 
 
 def _fits(box: Box, array: PartArray) -> bool:

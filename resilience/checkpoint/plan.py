@@ -14,7 +14,7 @@ import heapq
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -311,13 +311,20 @@ def _owned_by_others(
             )
     others = set()
     for holders, items in shared.items():
-        loads = [(0, holder) for holder in holders]
-        for nbytes, name, offset in sorted(items):
-            load, owner = loads[0]
-            heapq.heapreplace(loads, (load + align(CRC_BYTES - nbytes), owner))
-            if owner != rank:
-                others.add((name, offset))
+        others |= {(name, offset) for name, offset, owner in owners(items, holders) if owner != rank}
     return others
+
+
+def owners(
+    chunks: Iterable[tuple[int, str, tuple[int, ...]]], holders: Sequence[int]
+) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """``(array, offset, owner)`` of each chunk ``(minus its payload's bytes, array, offset)`` that ``holders`` hold
+    alike. Readers use it too, to guess where a chunk lies."""
+    loads = [(0, holder) for holder in holders]
+    for nbytes, name, offset in sorted(chunks):
+        load, owner = loads[0]
+        heapq.heapreplace(loads, (load + align(CRC_BYTES - nbytes), owner))
+        yield name, offset, owner
 
 
 def _check(specs: tuple[ArraySpec, ...], rank: int, world_size: int, chunk_bytes: int) -> None:

@@ -1,55 +1,44 @@
-"""Restore: one rank's view of a checkpoint, every byte of it verified before it is used.
+"""Restore: a checkpoint into what a rank of any world has, every byte verified before it is used.
 
-Owns the check that parts belong together and cover what the rank needs, and the reading: each range once, in
-order, neighbours together. Must never hand out an array that was not verified completely, and never fill a
-gap with zeros: what is missing is an error that names file and byte range.
+Owns what is read for whom: the live state says which boxes of which arrays it wants, the parts say where they lie.
+Everything that can be checked without reading data is checked before anything changes. Must never hand out an array
+that was not verified completely, and never fill a gap with zeros: what is missing is an error that names array and
+box.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from resilience.checkpoint import arrays as _arrays
+from resilience.checkpoint import fit, rng, tree
+from resilience.checkpoint.aim import Aim, at_new_memory, at_object
 from resilience.checkpoint.arrays import AnyArray
-from resilience.checkpoint.box import Box, missing
-from resilience.checkpoint.pack import check_chunk, check_size, read_range
-from resilience.checkpoint.part import Part, PartArray, PartChunk, sha256
-from resilience.checkpoint.plan import CRC_BYTES, Scope
-from resilience.errors import CorruptError, InvalidError
-from storage_backends import open_storage
-from storage_backends.base import Storage
+from resilience.checkpoint.box import Box, cells
+from resilience.checkpoint.coverage import Coverage, Want
+from resilience.checkpoint.landing import Landing
+from resilience.checkpoint.part import Part, PartArray
+from resilience.checkpoint.plan import Scope, owners
+from resilience.checkpoint.reader import Job, Traffic, read
+from resilience.checkpoint.source import HINT, Parts, Source, check_together, corrupt, load_part
+from resilience.checkpoint.world import check_alike, neighbours
+from resilience.errors import CorruptError, InvalidError, UnavailableError
 
-_GAP = 1 << 20  # bytes nobody asked for that are read along rather than asking twice
-_BLOCK = 64 << 20  # bytes asked for at once
-_Place = tuple[str, tuple[int, ...], tuple[int, ...]]  # array, box
-_HINT = "restore an older checkpoint; `resilience verify` lists the damaged ones"
+__all__ = [
+    "RNG",
+    "Checkpoint",
+    "Restored",
+    "Source",
+    "check_together",
+    "load_part",
+    "restore",
+    "restore_into",
+]
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where the part of one rank of the saved world lies, and what the commit log says of it.
-
-    Attributes:
-        storage: root that ``part`` and the pack's name are relative to.
-        part: object name of the part.
-        sha256: of the part's bytes, as recorded.
-    """
-
-    rank: int
-    storage: Storage
-    part: str
-    sha256: str
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Source:
-        """From ``{"rank", "storage": URL, "part", "sha256"}``."""
-        return cls(data["rank"], open_storage(data["storage"]), data["part"], data["sha256"])
+RNG = "rng"  # the name under which the states of random number generators are saved
+_BATCH = 32  # parts looked at before asking whether that was enough
 
 
 @dataclass(frozen=True)
@@ -63,6 +52,59 @@ class Restored:
     arrays: dict[str, AnyArray]
 
 
+def restore_into(
+    sources: Sequence[Source],
+    objects: dict[str, Any],
+    *,
+    rank: int,
+    world_size: int,
+    run: str | None = None,
+    step: int | None = None,
+    generation: int | None = None,
+    threads: int = 4,
+    warn: Callable[[str], None] = warnings.warn,
+) -> dict[str, Any]:
+    """Fill the tracked objects (name -> value, as ``Run.track`` takes them) in place from a checkpoint.
+
+    An object named ``rng`` (its value does not matter) puts the random number generators back, last.
+
+    Args:
+        sources: one per rank of the saved world.
+        objects: by the names that they were saved under; what else the checkpoint holds is left alone.
+        rank, world_size: of the world that restores; may differ from the one that saved.
+        run, step, generation: what the log says the checkpoint is; ``None`` = not checked.
+        threads: that read and verify at the same time.
+        warn: told what could not be restored and need not be (generators of ranks that were not saved).
+
+    Returns:
+        name -> value: what cannot change in place (plain values, tuples, JAX arrays) is replaced.
+
+    Raises:
+        CorruptError: anything is missing, damaged or of another checkpoint; names file and byte range, or array
+            and box. Says so if the state is partly overwritten by then: restore another checkpoint into it.
+        InvalidError: the state does not fit (lists missing, unexpected and mis-shaped keys), or belongs to single
+            ranks of another world. Nothing was changed.
+        UnavailableError: the storage is away. As ``CorruptError``.
+    """
+    checkpoint = Checkpoint(
+        sources,
+        rank=rank,
+        world_size=world_size,
+        run=run,
+        step=step,
+        generation=generation,
+        threads=threads,
+        warn=warn,
+    )
+    found = checkpoint.into({name: value for name, value in objects.items() if name != RNG})
+    if RNG in objects:
+        found[RNG] = objects[RNG]
+        state = checkpoint.generators()
+        if state is not None:
+            rng.apply(state)
+    return found
+
+
 def restore(
     sources: Sequence[Source],
     *,
@@ -71,173 +113,204 @@ def restore(
     run: str | None = None,
     step: int | None = None,
     generation: int | None = None,
-    threads: int = 2,
+    threads: int = 4,
 ) -> Restored:
-    """Read what ``rank`` of ``world_size`` needs: the replicated arrays, its own arrays and its own skeleton.
+    """Read the state of ``rank`` as NumPy: its own arrays, and the others whole, whoever held how much of them.
 
-    Args:
-        sources: one per rank of the saved world.
-        run, step, generation: what the log says the checkpoint is; ``None`` = not checked.
-        threads: that read and verify at the same time.
-
-    Raises:
-        CorruptError: anything is missing, damaged or of another checkpoint; names file and byte range.
-        InvalidError: saved by another number of ranks, and some state belongs to single ranks.
-        UnavailableError: the storage is away.
+    Arguments and errors are those of ``restore_into``.
     """
-    if not sources:
-        raise InvalidError("restore without sources", operation="restore", hint="give one per saved rank")
-    with ThreadPoolExecutor(threads, thread_name_prefix="restore") as pool:
-        parts = list(pool.map(load_part, sources))
-        check_together(parts, run=run, step=step, generation=generation)
-        own = _own(parts, rank, world_size)
-        wanted = {array.name: array for array in own.arrays}
-        arrays = {
-            name: np.empty(array.shape, _arrays.numpy_dtype(array.dtype)) for name, array in wanted.items()
+    checkpoint = Checkpoint(
+        sources,
+        rank=rank,
+        world_size=world_size,
+        run=run,
+        step=step,
+        generation=generation,
+        threads=threads,
+    )
+    return checkpoint.whole()
+
+
+class Checkpoint:
+    """A committed checkpoint, seen by one rank of the world that restores it. Arguments and errors are those of
+    ``restore_into``.
+
+    Attributes:
+        run, step, generation: which one it is.
+        names: of the objects in it, the random number generators left out.
+        traffic: what was moved so far.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        rank: int,
+        world_size: int,
+        run: str | None = None,
+        step: int | None = None,
+        generation: int | None = None,
+        threads: int = 4,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self._parts = Parts(sources, run=run, step=step, generation=generation)
+        self._rank, self._world_size = rank, world_size
+        self._threads, self._warn = threads, warn
+        self._own = self._parts[rank % len(self._parts)]
+        if world_size != len(self._parts):
+            near = self._parts.load(neighbours(rank, world_size, len(self._parts)))
+            check_alike(self._own, near, world_size, ignore=RNG)
+        self._arrays = {self._own.key(array): array for array in self._own.arrays}
+        self._objects = _items(self._own)
+        self.run, self.step, self.generation = self._own.run, self._own.step, self._own.generation
+        self.names = tuple(name for name in self._objects if name != RNG)
+        self.traffic = Traffic()
+
+    def into(self, objects: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill ``objects`` in place; name -> value, replaced where that cannot change in place."""
+        aims = [self._aim(name, value, in_place=True) for name, value in objects.items()]
+        self._read(aims)
+        return {
+            name: fit.load(value, it.state()) for it, (name, value) in zip(aims, objects.items(), strict=True)
         }
-        reads: list[tuple[Source, Part, list[PartChunk]]] = []
-        seen: set[_Place] = set()
-        for source, part in sorted(zip(sources, parts, strict=True), key=lambda it: it[1].rank):
-            needed = _needed(part, wanted, seen)
-            if needed:
-                check_size(source.storage, part)
-                reads += [(source, part, group) for group in _coalesce(needed)]
-        _check_coverage(seen, own)
-        for done in pool.map(lambda it: _read(it[0], it[1], it[2], arrays), reads):
-            assert done is None
-    keyed = {own.key(array): arrays[array.name] for array in own.arrays}
-    return Restored(own.run, own.step, own.generation, own.state, keyed)
 
+    def prepare(self, objects: Mapping[str, Any]) -> list[Job]:
+        """What ``into`` would read, all that can be checked without data checked. Changes nothing."""
+        aims = [self._aim(name, value, in_place=True) for name, value in objects.items()]
+        return self._jobs(self._landings(aims))
 
-def load_part(source: Source) -> Part:
-    """Read a part. ``CorruptError`` when it is missing, other than recorded, or not of its rank and place."""
-    try:
-        data = source.storage.read(source.part)
-    except FileNotFoundError as error:
-        raise _corrupt(source.part, "is missing", 0, None) from error
-    found = sha256(data)
-    if found != source.sha256:
-        raise _corrupt(source.part, f"has the SHA-256 {found}, recorded is {source.sha256}", 0, len(data))
-    part = Part.decode(data, path=source.part)
-    if (part.rank, part.name) != (source.rank, source.part):
-        raise _corrupt(source.part, f"says it is {part.name}, for rank {source.rank}", 0, len(data))
-    return part
+    def rebuild(self, name: str, value: Any) -> Any:
+        """A new tree like ``value`` holding what was saved under ``name``. For functional state (JAX)."""
+        it = self._aim(name, value, in_place=False)
+        self._read([it])
+        return fit.build(value, it.state())
 
-
-def check_together(
-    parts: Sequence[Part],
-    *,
-    run: str | None = None,
-    step: int | None = None,
-    generation: int | None = None,
-) -> None:
-    """``CorruptError`` unless the parts are those of one whole checkpoint, and of the one asked for."""
-    first = parts[0]
-    expected = {
-        "run": first.run if run is None else run,
-        "step": first.step if step is None else step,
-        "generation": first.generation if generation is None else generation,
-        "world_size": len(parts),
-        "plan_hash": first.plan_hash,
-    }
-    for part in parts:
-        for name, value in expected.items():
-            if getattr(part, name) != value:
-                problem = f"has {name} {getattr(part, name)!r}, expected is {value!r}"
-                raise _corrupt(part.name, problem, 0, None)
-    ranks = sorted(part.rank for part in parts)
-    if ranks != list(range(len(parts))):
-        raise _corrupt(first.directory, f"has the parts of ranks {ranks}", None, None)
-
-
-def _own(parts: Sequence[Part], rank: int, world_size: int) -> Part:
-    """The part whose arrays and skeleton ``rank`` restores."""
-    saved = len(parts)
-    if world_size == saved:
-        return next(part for part in parts if part.rank == rank)
-    # The seam of resharding: today only state that no rank has for itself can be read by another world.
-    local = [array.name for part in parts for array in part.arrays if array.scope is Scope.RANK]
-    if local:
-        shown = ", ".join(local[:5]) + (f" and {len(local) - 5} more" if len(local) > 5 else "")
-        problem = f"these arrays belong to single ranks: {shown}"
-    elif any(part.state != parts[0].state for part in parts):
-        problem = "values outside of arrays differ between the ranks"
-    else:
-        return next(part for part in parts if part.rank == 0)
-    raise InvalidError(
-        f"the checkpoint was saved by {saved} ranks and cannot be restored by {world_size}: {problem}",
-        operation="restore",
-        step=parts[0].step,
-        generation=parts[0].generation,
-        hint=f"run with {saved} workers, or track only state that all ranks hold alike",
-    )
-
-
-def _needed(part: Part, wanted: Mapping[str, PartArray], seen: set[_Place]) -> list[PartChunk]:
-    """The chunks of ``part`` to read. Adds their places to ``seen``; a place may be filled only once."""
-    needed = []
-    for chunk in part.chunks:
-        array = part.arrays[chunk.array]
-        mine = wanted.get(array.name)
-        if mine is None:
-            continue
-        if mine != array:
-            problem = f"has {array.name} as {array.dtype}{list(array.shape)}, others as "
-            raise _corrupt(part.name, f"{problem}{mine.dtype}{list(mine.shape)}", 0, None)
-        place = (array.name, chunk.box_offset, chunk.box_shape)
-        if place in seen:
-            raise _corrupt(part.name, f"has {array.name} at {chunk.box_offset} a second time", 0, None)
-        seen.add(place)
-        needed.append(chunk)
-    return needed
-
-
-def _check_coverage(seen: set[_Place], own: Part) -> None:
-    """``CorruptError`` unless every chunk of every array is somewhere."""
-    for array in own.arrays:
-        held = [Box(offset, shape) for name, offset, shape in seen if name == array.name]
-        for hole in missing(Box.whole(array.shape), held):
-            problem = (
-                f"is not whole: {array.name} lacks the box of shape {list(hole.shape)} at {list(hole.offset)}"
+    def generators(self) -> Any:
+        """The states of this rank's random number generators, for ``rng.apply``; ``None`` if there are none."""
+        if RNG not in self._objects:
+            return None
+        if self._rank >= len(self._parts):
+            self._warn(
+                f"the checkpoint was saved by {len(self._parts)} ranks: the random number generators of rank "
+                f"{self._rank} of {self._world_size} stay as they are"
             )
-            raise _corrupt(own.directory, problem, None, None)
+            return None
+        node = self._node(RNG)
+        it = at_new_memory(node, self._saved(node))
+        self._read([it])
+        return it.state()
+
+    def whole(self) -> Restored:
+        """Everything that its own part knows, as NumPy."""
+        state = self._own.state
+        it = at_new_memory(state, self._arrays)
+        self._read([it])
+        arrays = {key: target.value for key, target in it.landings.items()}
+        return Restored(self.run, self.step, self.generation, state, arrays)
+
+    def _aim(self, name: str, value: Any, *, in_place: bool) -> Aim:
+        node = self._node(name)
+        return at_object(name, node, self._saved(node), value, in_place=in_place)
+
+    def _saved(self, node: Any) -> dict[str, PartArray]:
+        """The arrays that a skeleton names."""
+        return {key: self._array(key) for _, key in tree.leaves(node)}
+
+    def _read(self, aims: Sequence[Aim]) -> None:
+        landings = self._landings(aims)
+        jobs = self._jobs(landings)
+        traffic = Traffic()
+        try:
+            read(jobs, landings, threads=self._threads, traffic=traffic)
+        except (CorruptError, UnavailableError) as error:
+            if traffic.begun and any(it.in_place for it in aims):
+                error.message += "; the state that was being restored into is partly overwritten"
+                error.args = (error.message,)
+            raise
+        finally:
+            self.traffic.read += traffic.read
+            self.traffic.landed += traffic.landed
+
+    def _landings(self, aims: Iterable[Aim]) -> dict[str, Landing]:
+        """By name of the array in the checkpoint."""
+        return {self._array(key).name: target for it in aims for key, target in it.landings.items()}
+
+    def _jobs(self, landings: Mapping[str, Landing]) -> list[Job]:
+        """What to take from which pack. ``CorruptError`` if something wanted is in none."""
+        arrays = {array.name: array for array in self._own.arrays}
+        coverage = Coverage(
+            Want(name, arrays[name].dtype, arrays[name].shape, target.boxes)
+            for name, target in landings.items()
+        )
+        jobs = []
+        for ranks in self._stages(coverage):
+            for part in self._parts.load(ranks):
+                takes = coverage.absorb(part)
+                if takes:
+                    jobs.append(Job(self._parts.source(part.rank), part, takes))
+            if not coverage.left:
+                break
+        for name, boxes in coverage.left.items():
+            hole = boxes[0][1]
+            problem = f"is not whole: {name} lacks the box of shape {list(hole.shape)} at {list(hole.offset)}"
+            raise corrupt(self._own.directory, problem, None, None)
+        return sorted(jobs, key=lambda job: job.part.rank)
+
+    def _stages(self, coverage: Coverage) -> Iterator[list[int]]:
+        """Ranks whose parts to look at next: first where most lies, then where the rest should lie, then all others,
+        nearest first (ranks that are close hold what is close)."""
+        seen = {self._own.rank}
+        yield [self._own.rank]
+        saved = len(self._parts)
+        middle = self._rank * saved // self._world_size
+        for guess in (
+            neighbours(self._rank, self._world_size, saved, all_below=0),
+            self._owners(coverage.left),
+            sorted(range(saved), key=lambda rank: (abs(rank - middle), rank)),
+        ):
+            ranks = [rank for rank in guess if rank not in seen]
+            seen.update(ranks)
+            for at in range(0, len(ranks), _BATCH):
+                yield ranks[at : at + _BATCH]
+
+    def _owners(self, names: Iterable[str]) -> list[int]:
+        """Ranks whose packs hold those of the arrays that are replicated: the plan can be computed from any part."""
+        chunks = [
+            (-array.payload(box), array.name, box.offset)
+            for array in self._own.arrays
+            if array.scope is Scope.REPLICATED and array.grid is not None
+            for box in cells(Box.whole(array.shape), array.grid)
+        ]
+        wanted = set(names)
+        return sorted({owner for name, _, owner in owners(chunks, range(len(self._parts))) if name in wanted})
+
+    def _array(self, key: str) -> PartArray:
+        if key not in self._arrays:
+            raise corrupt(self._own.name, f"does not list the array {key}, which its state needs", 0, None)
+        return self._arrays[key]
+
+    def _node(self, name: str) -> Any:
+        if name in self._objects:
+            return self._objects[name]
+        raise InvalidError(
+            f"the checkpoint holds no {name!r}; it holds {', '.join(sorted(self.names)) or 'nothing'}",
+            operation="restore",
+            path=name,
+            step=self.step,
+            hint="track it under the name it was saved by, or start a new run with --name",
+        )
 
 
-def _coalesce(chunks: list[PartChunk]) -> Iterator[list[PartChunk]]:
-    """Runs of chunks that are read at once."""
-    group: list[PartChunk] = []
-    for chunk in chunks:
-        if group:
-            gap = chunk.offset - (group[-1].offset + group[-1].length)
-            if gap > _GAP or chunk.offset + chunk.length - group[0].offset > _BLOCK:
-                yield group
-                group = []
-        group.append(chunk)
-    if group:
-        yield group
-
-
-def _read(source: Source, part: Part, chunks: list[PartChunk], arrays: Mapping[str, AnyArray]) -> None:
-    """Read one range, verify it, copy it to its place."""
-    start, end = chunks[0].offset, chunks[-1].offset + chunks[-1].length + CRC_BYTES
-    block = read_range(source.storage, part.pack_name, start, end)
-    for chunk in chunks:
-        check_chunk(part, block, chunk.offset - start, chunk.length, chunk.offset, chunk.crc32c)
-    for chunk in chunks:
-        array = part.arrays[chunk.array]
-        carrier = _arrays.carrier(array.dtype)
-        full = chunk.box_shape if array.grid is None else array.grid
-        payload = np.frombuffer(block, carrier, math.prod(full), chunk.offset - start).reshape(full)
-        target = arrays[array.name].view(carrier)
-        target[chunk.box.slices(Box.whole(array.shape)) or ...] = payload[tuple(map(slice, chunk.box_shape))]
-
-
-def _corrupt(path: str, problem: str, start: int | None, end: int | None) -> CorruptError:
-    return CorruptError(
-        f"{path or 'the checkpoint'} {problem}",
-        operation="restore",
-        path=path or None,
-        start=start,
-        end=end,
-        hint=_HINT,
-    )
+def _items(part: Part) -> dict[str, Any]:
+    """Skeletons of the objects in a part by name."""
+    state = part.state
+    if not isinstance(state, dict) or state.get("t") != "dict":
+        raise CorruptError(
+            f"part {part.name} holds no state of named objects",
+            operation="restore",
+            path=part.name,
+            step=part.step,
+            generation=part.generation,
+            hint=HINT,
+        )
+    return dict(zip(state["k"], state["v"], strict=True))

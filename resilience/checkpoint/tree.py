@@ -59,18 +59,27 @@ def flatten(state: Any, *, prefix: str) -> tuple[dict[str, Any], Any]:
     return flattener.arrays, skeleton
 
 
-def unflatten(skeleton: Any, arrays: Mapping[str, Any]) -> Any:
+def places(state: Any, *, prefix: str) -> dict[str, tuple[Any, Any]]:
+    """Every array of ``state`` by the name of its place, tied ones at each of theirs: ``(what flatten returns for it,
+    the object that is there)``. The two differ where an object stands for a shard."""
+    flattener = _Flattener()
+    path = "/".join(segment(part) for part in prefix.split("/")) if prefix else ""
+    skeleton = flattener.encode(state, path)
+    return {place: (flattener.arrays[name], flattener.objects[name]) for place, name in leaves(skeleton)}
+
+
+def unflatten(skeleton: Any, arrays: Mapping[str, Any], ready: Mapping[str, Any] | None = None) -> Any:
     """Rebuild the state from a skeleton and its arrays (NumPy, by name).
 
     torch and JAX arrays come back as such where their library is loaded, as NumPy otherwise, sharing memory
     with ``arrays`` where that library can. Named tuples come back as tuples: ``fit.apply`` gives them their
-    type again.
+    type again. What is in ``ready`` (by name) is put in as it is.
 
     Raises:
         CorruptError: the skeleton is malformed, or names an array that is not there.
     """
     try:
-        return _decode(skeleton, arrays, {})
+        return _decode(skeleton, arrays, dict(ready or {}))
     except (KeyError, TypeError, ValueError, IndexError, struct.error) as error:
         raise CorruptError(
             f"the state skeleton cannot be read: {type(error).__name__}: {error}",
@@ -98,11 +107,28 @@ def leaves(skeleton: Any) -> Iterator[tuple[str, str]]:
                     stack.extend(reversed(values))
 
 
+def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
+    """Paths at which two skeletons are not alike."""
+    if a == b:
+        return
+    kinds = isinstance(a, dict) and isinstance(b, dict) and a["t"] == b["t"] and a.get("k") == b.get("k")
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for number, (one, other) in enumerate(zip(a, b, strict=True)):
+            yield from differences(one, other, _join(path, str(number)))
+    elif kinds and a["t"] in ("dict", "odict", "tuple", "namedtuple") and len(a["v"]) == len(b["v"]):
+        names = a["k"] if "k" in a else range(len(a["v"]))
+        for name, one, other in zip(names, a["v"], b["v"], strict=True):
+            yield from differences(one, other, _join(path, str(name)))
+    else:
+        yield path or "the state itself"
+
+
 class _Flattener:
     """One walk over a tree. ``arrays`` fills up as it goes."""
 
     def __init__(self) -> None:
         self.arrays: dict[str, Any] = {}
+        self.objects: dict[str, Any] = {}  # as they were met: what stands for a shard in ``arrays`` is not it
         self._seen: dict[tuple[Any, ...], str] = {}  # identity of an array -> the name it was first met under
         self._open: set[int] = set()  # containers being walked, to refuse a tree that contains itself
 
@@ -112,7 +138,9 @@ class _Flattener:
             return value
         kind = _arrays.kind(value)
         if kind is not None:
-            return self._array(value, kind, path)
+            node = self._array(value, kind, path)
+            self.objects.setdefault(node["n"], value)
+            return node
         if isinstance(value, np.generic):
             return _numpy_scalar(value, path)
         if isinstance(value, Mapping | list | tuple):
@@ -215,7 +243,7 @@ def _from_bits(text: str) -> float:
     return float(struct.unpack(">d", bytes.fromhex(text))[0])
 
 
-def _decode(node: Any, arrays: Mapping[str, Any], built: dict[tuple[str, str], Any]) -> Any:
+def _decode(node: Any, arrays: Mapping[str, Any], built: dict[Any, Any]) -> Any:
     if isinstance(node, list):
         return [_decode(item, arrays, built) for item in node]
     if not isinstance(node, dict):
@@ -224,6 +252,8 @@ def _decode(node: Any, arrays: Mapping[str, Any], built: dict[tuple[str, str], A
     torch = sys.modules.get("torch")
     match node["t"]:
         case "array":
+            if node["n"] in built:
+                return built[node["n"]]
             key = (node["n"], node["a"])
             if key not in built:  # one object for all places, so that what was shared is shared again
                 built[key] = _arrays.build(arrays[node["n"]], node["a"])

@@ -7,16 +7,21 @@ range. Must never repair, delete or skip anything.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from resilience.checkpoint.box import Box, missing
-from resilience.checkpoint.pack import check_chunk, check_size, read_range
-from resilience.checkpoint.part import Part
+from resilience.checkpoint.coverage import REQUEST, Strip, Take
+from resilience.checkpoint.part import CRC_BLOCK, Part, PartChunk
 from resilience.checkpoint.plan import CRC_BYTES
-from resilience.checkpoint.restore import Source, check_together, load_part
+from resilience.checkpoint.reader import check_strip, open_pack, read_all
+from resilience.checkpoint.source import Source, check_together, load_part
 from resilience.checkpoint.zarr_view import METADATA, REFERENCES, zarr_metadata
 from resilience.errors import CorruptError
+from storage_backends.reading import RangeReader, buffer
 
 _HINT = "restore an older checkpoint, and quarantine or retire this one"
 
@@ -53,13 +58,14 @@ def verify(
             parts.append((source, load_part(source)))
         except CorruptError as error:
             yield error
-    done, total = 0, sum(part.size for _, part in parts)
+    done, total = 0, sum(_bytes(part, number) for _, part in parts for number in range(len(part.packs)))
     for source, part in parts:
-        for read, problem in _pack(source, part):
-            if problem is not None:
-                yield problem
-            done += read
-            progress(VerifyProgress(done, total, part.pack_name))
+        for number, (name, _) in enumerate(part.packs):
+            for read, problem in _pack(source, part, number):
+                if problem is not None:
+                    yield problem
+                done += read
+                progress(VerifyProgress(done, total, name))
     if len(parts) < len(sources):
         return  # what follows needs all of them
     whole = [part for _, part in parts]
@@ -72,37 +78,71 @@ def verify(
     yield from _zarr(sources[0], whole)
 
 
-def _pack(source: Source, part: Part) -> Iterator[tuple[int, CorruptError | None]]:
-    """``(bytes read, problem)`` for each chunk and the zeros up to the next."""
+def _bytes(part: Part, number: int) -> int:
+    """What is read of a pack: all of the rank's own, of older ones the chunks that the part names."""
+    return (
+        sum(chunk.length + CRC_BYTES for chunk in part.chunks if chunk.pack == number)
+        if number
+        else part.size
+    )
+
+
+def _pack(source: Source, part: Part, number: int) -> Iterator[tuple[int, CorruptError | None]]:
+    """``(bytes read, problem)`` for each chunk and, in the rank's own pack, for the zeros between."""
+    name, size = part.packs[number]
     try:
-        check_size(source.storage, part)
+        pack, problem = open_pack(source.storage, part, name, size)
     except CorruptError as error:
-        yield 0, error
-    starts = [chunk.offset for chunk in part.chunks]
-    if not part.chunks or starts[0] > 0:
-        yield _zeros(source, part, 0, starts[0] if starts else part.size)
-    for chunk, end in zip(part.chunks, [*starts[1:], part.size], strict=True):
+        yield _bytes(part, number), error
+        return
+    if problem is not None:
+        yield 0, problem
+    memory = buffer(REQUEST + CRC_BYTES)
+    with pack:
+        end = 0
+        for chunk in part.chunks:
+            if chunk.pack == number:
+                if not number:
+                    yield from _zeros(pack, part, end, chunk.offset, memory)
+                yield _chunk(pack, part, chunk, memory)
+                end = chunk.offset + chunk.length + CRC_BYTES
+        if not number:
+            yield from _zeros(pack, part, end, size, memory)
+
+
+def _chunk(
+    pack: RangeReader, part: Part, chunk: PartChunk, memory: memoryview
+) -> tuple[int, CorruptError | None]:
+    """The first thing that is wrong with a chunk, its running CRCs included."""
+    take = Take(part.arrays[chunk.array], chunk, ())
+    read = chunk.length + CRC_BYTES
+    try:
+        for at in range(0, chunk.length, REQUEST):
+            stop = min(at + REQUEST, chunk.length)
+            strips = [Strip(take, low, min(low + CRC_BLOCK, stop)) for low in range(at, stop, CRC_BLOCK)]
+            start = strips[0].offset
+            block = read_all(pack, part, part.pack_of(chunk), start, strips[-1].stop, memory)
+            for strip in strips:
+                check_strip(part, strip, block[strip.offset - start : strip.stop - start])
+    except CorruptError as error:
+        return read, error
+    return read, None
+
+
+def _zeros(
+    pack: RangeReader, part: Part, start: int, end: int, memory: memoryview
+) -> Iterator[tuple[int, CorruptError | None]]:
+    for at in range(start, end, REQUEST):
+        stop = min(at + REQUEST, end)
         try:
-            block = read_range(source.storage, part.pack_name, chunk.offset, end)
-            check_chunk(part, block, 0, chunk.length, chunk.offset, chunk.crc32c)
+            yield stop - at, _dirty(part, read_all(pack, part, part.pack_name, at, stop, memory), at)
         except CorruptError as error:
-            yield end - chunk.offset, error
-            continue
-        used = chunk.length + CRC_BYTES
-        yield end - chunk.offset, _dirty(part, block[used:], chunk.offset + used)
+            yield stop - at, error
 
 
-def _zeros(source: Source, part: Part, start: int, end: int) -> tuple[int, CorruptError | None]:
-    try:
-        block = read_range(source.storage, part.pack_name, start, end)
-    except CorruptError as error:
-        return end - start, error
-    return end - start, _dirty(part, block, start)
-
-
-def _dirty(part: Part, gap: bytes, start: int) -> CorruptError | None:
+def _dirty(part: Part, gap: memoryview, start: int) -> CorruptError | None:
     """Bytes between chunks carry nothing and are written as zeros: others tell of a failing device."""
-    if not gap.strip(b"\0"):
+    if not np.frombuffer(gap, np.uint8).any():
         return None
     return CorruptError(
         f"pack {part.pack_name} has other bytes than zeros between its chunks (no array is affected)",
@@ -121,6 +161,14 @@ def _holes(parts: Sequence[Part]) -> Iterator[CorruptError]:
             there.setdefault(part.arrays[chunk.array].name, []).append(chunk.box)
     arrays = {array.name: array for part in parts for array in part.arrays}
     for array in arrays.values():
+        twice = sum(box.count for box in there.get(array.name, ())) - math.prod(array.shape)
+        if twice > 0:
+            yield CorruptError(
+                f"{array.name} has {twice:,} elements more than once",
+                operation="verify",
+                path=parts[0].directory,
+                hint=_HINT,
+            )
         for hole in missing(Box.whole(array.shape), there.get(array.name, ())):
             yield CorruptError(
                 f"{array.name} lacks the box of shape {list(hole.shape)} at {list(hole.offset)}: it is in no pack",

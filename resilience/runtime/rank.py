@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -23,9 +23,9 @@ from typing import Any
 from resilience.checkpoint.arena import Arena
 from resilience.checkpoint.part import draft
 from resilience.checkpoint.plan import Plan, plan
-from resilience.checkpoint.restore import Source, restore
+from resilience.checkpoint.restore import Checkpoint, Source
 from resilience.checkpoint.snapshot import snapshot, specs_of
-from resilience.checkpoint.tree import flatten, unflatten
+from resilience.checkpoint.tree import flatten
 from resilience.errors import CorruptError, ExhaustedError, UnavailableError
 from resilience.run import Interrupted, Run
 from resilience.runtime.failpoint import Failpoints
@@ -83,8 +83,51 @@ def run_rank(function: Any, message: dict[str, Any], fds: list[int]) -> int:
     return 0
 
 
-class _RestoreFailed(Exception):
-    """The chosen checkpoint cannot be used; the supervisor falls back to another."""
+class _RestoreFailed(BaseException):
+    """The chosen checkpoint cannot be used; the supervisor falls back to another. A ``BaseException``: it passes
+    through the training function, whose ``except Exception`` is not for this."""
+
+
+class _Restoring:
+    """The checkpoint of a start order, opened now and read as objects are tracked: its damage is the supervisor's
+    business, its time is counted."""
+
+    def __init__(self, order: Mapping[str, Any], host: RankHost) -> None:
+        self.seconds = 0.0
+        with self._counted():
+            self._checkpoint = Checkpoint(
+                Source.all_from_json(order["parts"]),
+                run=host.name,
+                step=order["step"],
+                generation=order["generation"],
+                rank=host.rank,
+                world_size=host.world_size,
+                warn=lambda text: print(f"resilience: {text}", file=sys.stderr, flush=True),
+            )
+        self.step = self._checkpoint.step
+        self.names = self._checkpoint.names
+
+    def into(self, objects: Mapping[str, Any]) -> dict[str, Any]:
+        with self._counted():
+            return self._checkpoint.into(objects)
+
+    def rebuild(self, name: str, value: Any) -> Any:
+        with self._counted():
+            return self._checkpoint.rebuild(name, value)
+
+    def generators(self) -> Any:
+        with self._counted():
+            return self._checkpoint.generators()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        except (CorruptError, UnavailableError) as error:
+            raise _RestoreFailed(str(error)) from error
+        finally:
+            self.seconds += time.monotonic() - began
 
 
 class RankHost:
@@ -100,8 +143,9 @@ class RankHost:
         self._sources = message["restore"]
         self._page = page
         self._channel = channel
-        self._restored: tuple[int, dict[str, Any]] | None = None
-        self._restore_done = False
+        self._restored: _Restoring | None = None
+        self._restore_begun = False
+        self._restore_told = False
         self._arena: Arena | None = None
         self._arena_id = 0
         self._plan: Plan | None = None
@@ -136,43 +180,36 @@ class RankHost:
 
     # The Host protocol.
 
-    def restored(self) -> tuple[int, dict[str, Any]] | None:
-        if self._restore_done:
+    def restored(self) -> _Restoring | None:
+        if self._restore_begun:
             return self._restored
-        self._restore_done = True
-        began = time.monotonic()
+        self._restore_begun = True
         if self._sources is None:
-            self.tell({"t": "restored", "step": 0, "tier": None, "seconds": 0.0})
+            self.ready()
             return None
         self._page.enter("restore")
         if "unfetched" in self._sources:
             raise _RestoreFailed(self._sources["unfetched"])
         self._reach("restore.begin", self._sources["step"])
-        try:
-            got = restore(
-                [Source.from_json(item) for item in self._sources["parts"]],
-                run=self.name,
-                step=self._sources["step"],
-                generation=self._sources["generation"],
-                rank=self.rank,
-                world_size=self.world_size,
-            )
-        except (CorruptError, UnavailableError) as error:
-            raise _RestoreFailed(str(error)) from error
-        state = unflatten(got.skeleton, got.arrays)
-        self._restored = (got.step, state)
-        self._saved = self._done = got.step
+        self._restored = _Restoring(self._sources, self)
+        self._saved = self._done = self._restored.step
+        self._page.enter("start")
+        self._page.beat(self._done)
+        return self._restored
+
+    def ready(self) -> None:
+        if self._restore_told:
+            return
+        self._restore_told = True
+        restored = self._restored
         self.tell(
             {
                 "t": "restored",
-                "step": got.step,
-                "tier": self._sources["tier"],
-                "seconds": time.monotonic() - began,
+                "step": restored.step if restored else 0,
+                "tier": self._sources["tier"] if restored else None,
+                "seconds": restored.seconds if restored else 0.0,
             }
         )
-        self._page.enter("start")
-        self._page.beat(got.step)
-        return self._restored
 
     def begin(self, step: int) -> None:
         self._page.beat(step)
@@ -351,6 +388,7 @@ class RankHost:
     # The end.
 
     def finish(self, value: Any = None, *, stopped: bool = False) -> None:
+        self.ready()  # of a function that has no loop
         self._flush()
         try:
             text = json.dumps(value)

@@ -30,36 +30,43 @@ def storage(tmp_path: Path) -> Storage:
 def save(storage: Storage) -> Save:
     """``save(states, replicated=..., step=..., generation=...)``: save one state per rank; the sources."""
 
-    def saver(
-        states: list[Mapping[str, Any]],
-        *,
-        replicated: tuple[str, ...] = (),
-        step: int = 10,
-        generation: int = 1,
-        chunk_bytes: int = 1 << 20,
-        to: Storage | None = None,
-    ) -> list[Source]:
-        target = to or storage
-        sources = []
-        for rank, state in enumerate(states):
-            arrays, skeleton = flatten(state, prefix="")
-            layout = plan(
-                specs(arrays, replicated, rank=rank),
-                rank=rank,
-                world_size=len(states),
-                chunk_bytes=chunk_bytes,
-            )
-            part = draft(layout, skeleton, run="run-1", step=step, generation=generation)
-            with Arena.create(2, layout.size) as arena:
-                slot = arena.acquire()
-                assert slot is not None
-                snapshot(arena, slot, arrays, layout, step=step, generation=generation)
-                result = pack.persist(arena.view(slot), part, target, directory(step, generation))
-                arena.persisted(slot)
-            sources.append(Source(rank, target, result.part_name, result.sha256))
-        return sources
+    return lambda states, to=None, **options: write_world(to or storage, states, **options)
 
-    return saver
+
+@pytest.fixture(scope="session")
+def save_world() -> Callable[..., list[Source]]:
+    """``save_world(storage, states, ...)``, for tests that make storages of their own."""
+    return write_world
+
+
+def write_world(
+    target: Storage,
+    states: list[Mapping[str, Any]],
+    *,
+    replicated: tuple[str, ...] = (),
+    step: int = 10,
+    generation: int = 1,
+    chunk_bytes: int = 1 << 20,
+) -> list[Source]:
+    """Save one state per rank; the sources."""
+    sources = []
+    for rank, state in enumerate(states):
+        arrays, skeleton = flatten(state, prefix="")
+        layout = plan(
+            specs(arrays, replicated, rank=rank),
+            rank=rank,
+            world_size=len(states),
+            chunk_bytes=chunk_bytes,
+        )
+        part = draft(layout, skeleton, run="run-1", step=step, generation=generation)
+        with Arena.create(2, layout.size) as arena:
+            slot = arena.acquire()
+            assert slot is not None
+            snapshot(arena, slot, arrays, layout, step=step, generation=generation)
+            result = pack.persist(arena.view(slot), part, target, directory(step, generation))
+            arena.persisted(slot)
+        sources.append(Source(rank, target, result.part_name, result.sha256))
+    return sources
 
 
 @pytest.fixture

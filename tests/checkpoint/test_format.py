@@ -72,7 +72,7 @@ def read_rank(root: Path, checkpoint: dict[str, Any], rank: int) -> Any:
     for path, part in parts:
         pack = path.with_suffix(".pack").read_bytes()
         assert len(pack) == part["size"]
-        for number, start, shape, offset, length, crc in part["chunks"]:
+        for number, start, shape, offset, length, crc, *_ in part["chunks"]:
             name, dtype, _, grid, _ = part["arrays"][number]
             payload = pack[offset : offset + length]
             assert crc32c(payload) == crc == struct.unpack_from("<I", pack, offset + length)[0]

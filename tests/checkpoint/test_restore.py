@@ -19,6 +19,8 @@ from resilience.checkpoint.restore import Source, restore
 from resilience.checkpoint.tree import unflatten
 from resilience.errors import CorruptError, InvalidError
 from storage_backends import Storage
+from storage_backends.base import Capabilities
+from storage_backends.ranges import read_one_by_one
 
 Save = Callable[..., list[Source]]
 Edit = Callable[[str, int, bytes], None]
@@ -77,7 +79,9 @@ def test_replicated_bytes_are_stored_once(save: Save, load: Callable[[Source], P
 
 
 class Counting:
-    """Counts the byte ranges that are read."""
+    """A store that is not local, and counts the byte ranges that are read."""
+
+    capabilities = Capabilities(arbitrates=True, local=False)
 
     def __init__(self, inner: Storage) -> None:
         self._inner = inner
@@ -86,9 +90,15 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
+    def path(self, name: str) -> None:
+        return None
+
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         self.reads.append((name, start, end))
         return self._inner.read(name, start, end)
+
+    def read_into(self, name: str, ranges: Any) -> list[int]:
+        return read_one_by_one(self, name, ranges)  # type: ignore[arg-type]
 
 
 def test_each_range_is_read_once_and_neighbours_together(save: Save, storage: Storage) -> None:

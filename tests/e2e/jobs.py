@@ -6,6 +6,7 @@ import random
 import numpy as np
 
 import resilience
+from resilience.checkpoint.shard import Shard
 
 
 def work(amount: int) -> float:
@@ -76,6 +77,19 @@ def shaped(run, *, steps=10, width=4, extra=False):
     run.track(state=state)
     for _ in run.steps(steps):
         state["weights"] += 1
+
+
+@resilience.job(workers=2, checkpoint_every=5)
+def sharded(run, *, steps=10, rows=13):
+    """No rank holds the whole array: each has some of its rows."""
+    side = -(-rows // run.world_size)
+    low, high = min(run.rank * side, rows), min((run.rank + 1) * side, rows)
+    local = np.zeros((high - low, 3))
+    run.track(state={"w": Shard.at(local, shape=(rows, 3), offset=(low, 0), unit=(side, 3))})
+    for _ in run.steps(steps):
+        local += np.arange(low, high)[:, None]
+        work(5)
+    return local.tolist()
 
 
 @resilience.job(workers=2, checkpoint_every=1000)

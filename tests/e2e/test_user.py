@@ -133,6 +133,19 @@ def test_a_clean_stop_leaves_a_checkpoint_and_the_same_launch_goes_on_from_it(cl
     assert (third.value, third.steps) == (again.value, again.steps)
 
 
+def test_a_run_goes_on_with_another_number_of_workers(cluster, jobs, chaos):
+    two = stop_at_a_step(chaos.options(jobs.sharded, name="reshard"), steps=1_000_000)
+    three = stop_at_a_step(chaos.options(jobs.sharded, name="reshard", workers=3), steps=1_000_000)
+    assert three.history.generations[-1]["start_step"] == two.steps
+    steps = three.steps + 5
+    one = chaos.options(jobs.sharded, name="reshard", workers=1).launch(view="none", steps=steps)
+    assert one.finished
+    assert one.value == [[row * steps] * 3 for row in range(13)], "one rank has all the rows now"
+    assert one.incidents == []
+    output = Path(chaos.storage, "reshard", "logs")
+    assert any("generators of rank 2 of 3" in log.read_text() for log in output.glob("*/rank-2.log"))
+
+
 def test_checkpoints_by_hand_and_automatic_cadence(cluster, jobs, chaos):
     result = chaos.run(jobs.by_hand)
     steps = {row["step"] for row in result.history.checkpoints}

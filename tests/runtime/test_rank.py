@@ -123,14 +123,28 @@ def saved(make, tmp_path):
 
 def test_what_was_saved_is_restored_and_not_saved_again_at_that_step(make, saved):
     agent = make(restore=saved, generation=2)
-    step, state = agent.host.restored()
-    assert (step, state["state"]["w"].tolist(), state["state"]["note"]) == (5, [42.0] * 10, "x")
-    assert agent.host.restored()[1] is state
+    restored = agent.host.restored()
+    assert agent.host.restored() is restored
+    assert (restored.step, list(restored.names)) == (5, ["state"])
+    state = {"w": np.zeros(10), "note": ""}
+    weights = state["w"]
+    assert restored.into({"state": state}) == {"state": state}
+    assert (weights.tolist(), state["note"]) == ([42.0] * 10, "x")
+    assert agent.heard() == []
+    agent.host.ready()
+    agent.host.ready()
     [told] = agent.heard()
-    assert (told["t"], told["step"], told["tier"]) == ("restored", 5, "shared")
+    assert (told["t"], told["step"], told["tier"], told["seconds"] > 0) == ("restored", 5, "shared", True)
     assert (agent.page.step, agent.page.section) == (5, "start")
     agent.save(5)
     assert agent.heard() == []
+
+
+def test_a_function_without_a_loop_has_restored_too(make, saved):
+    agent = make(restore=saved)
+    agent.host.restored()
+    agent.host.finish()
+    assert [message["t"] for message in agent.heard()] == ["restored", "finished"]
 
 
 def test_a_damaged_checkpoint_is_told_apart_from_the_users_errors(make, saved, tmp_path):
@@ -138,9 +152,17 @@ def test_a_damaged_checkpoint_is_told_apart_from_the_users_errors(make, saved, t
     data = bytearray(pack.read_bytes())
     data[3] ^= 1
     pack.write_bytes(data)
-    with pytest.raises(_RestoreFailed, match=r"rank-0\.pack") as raised:
-        make(restore=saved).host.restored()
+    restored = make(restore=saved).host.restored()
+    with pytest.raises(_RestoreFailed, match=r"rank-0\.pack.*partly overwritten") as raised:
+        restored.into({"state": {"w": np.zeros(10), "note": ""}})
+    assert not isinstance(raised.value, Exception), "it passes through the handlers of careless users"
     assert type(raised.value.__cause__).__name__ == "CorruptError"
+
+
+def test_a_checkpoint_that_is_not_there_fails_before_the_users_code(make, saved, tmp_path):
+    (tmp_path / "checkpoints" / "step-5-g1" / "rank-0.json").unlink()
+    with pytest.raises(_RestoreFailed, match="is missing"):
+        make(restore=saved).host.restored()
 
 
 # Steps.
@@ -321,6 +343,7 @@ def test_a_raise_is_journalled_first_and_then_raised(make):
 
 
 def test_the_end_flushes_and_carries_the_value(agent, capsys):
+    agent.host.restored()
     agent.steps(1, 2)
     agent.host.log(2, {"loss": 1.0})
     agent.heard()

@@ -38,6 +38,7 @@ def test_it_leaves_by_itself_but_not_before_it_has_ended(tmp_path, patience, col
         "policy": asdict(Policy(workers=1)),
         "shared": str(tmp_path),
         "faults": [],
+        "fault_codes": {},
         "nvme": None,
         "card": "card",
     }
