@@ -16,13 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks import report
 from resilience.checkpoint.part import Part, draft, sha256
-from resilience.checkpoint.plan import plan, specs
+from resilience.checkpoint.plan import ALIGN, plan, specs
 from resilience.checkpoint.restore import Checkpoint, Source
 from resilience.checkpoint.shard import Shard
 from resilience.checkpoint.tree import flatten
@@ -59,30 +60,39 @@ def generate(directory: str, ranks: int, arrays: int, *, replicated: bool) -> No
 
 
 def _parts(ranks: int, arrays: int, *, replicated: bool) -> Iterator[Part]:
+    """As each rank's plan says. Rank 0's is computed, and another's where it differs in more than its rows."""
+    first = _part(0, ranks, arrays, replicated=replicated)
     for rank in range(ranks):
-        state: dict[str, Any] = (
-            {f"layer.{number}.weight": _WHOLE for number in range(arrays)}
-            if replicated
-            else shards(rank, ranks, arrays)
-        )
-        leaves, skeleton = flatten({"model": state, "epoch": 3}, prefix="")
-        if replicated:  # one memory for all of them would be one array
-            leaves = {f"model/layer.{number}.weight": _WHOLE for number in range(arrays)}
-            nodes = [{"t": "array", "a": "numpy", "n": name} for name in leaves]
-            skeleton["v"][0]["v"] = nodes
-        marked = ("model",) if replicated else ()
-        layout = plan(specs(leaves, marked, rank=rank), rank=rank, world_size=ranks)
-        made = draft(layout, skeleton, run="large", step=1, generation=1)
-        yield made.with_crcs([number * 7919 for number in range(len(made.chunks))])
+        if replicated:
+            # One array is one chunk, and has one owner: of more ranks than arrays, the others own none.
+            own = rank < arrays
+            empty = replace(first, rank=rank, chunks=(), size=ALIGN)
+            yield _part(rank, ranks, arrays, replicated=True) if own else empty
+        else:
+            side = ROWS // ranks
+            chunks = (replace(chunk, box_offset=(rank * side, 0)) for chunk in first.chunks)
+            yield replace(first, rank=rank, chunks=tuple(chunks))
 
 
-_WHOLE = np.zeros((16, 64), np.float32)
+def _part(rank: int, ranks: int, arrays: int, *, replicated: bool) -> Part:
+    state: dict[str, Any] = (
+        {f"layer.{number}.weight": np.zeros((16, COLUMNS), np.float32) for number in range(arrays)}
+        if replicated
+        else shards(rank, ranks, arrays)
+    )
+    leaves, skeleton = flatten({"model": state, "epoch": 3}, prefix="")
+    marked = ("model",) if replicated else ()
+    layout = plan(specs(leaves, marked, rank=rank), rank=rank, world_size=ranks)
+    made = draft(layout, skeleton, run="large", step=1, generation=1)
+    return made.with_crcs([number * 7919 for number in range(len(made.chunks))])
 
 
 def child(directory: str, rank: int, world_size: int, arrays: int, *, replicated: bool) -> None:
     """Plans what one rank reads; prints seconds, peak memory and how many parts it looked at."""
     if replicated:
-        state: dict[str, Any] = {f"layer.{number}.weight": np.zeros_like(_WHOLE) for number in range(arrays)}
+        state: dict[str, Any] = {
+            f"layer.{number}.weight": np.zeros((16, COLUMNS), np.float32) for number in range(arrays)
+        }
     else:
         state = shards(rank, world_size, arrays)
     with open(os.path.join(directory, "order.json")) as file:
