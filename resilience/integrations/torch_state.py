@@ -1,0 +1,190 @@
+"""State: a model and its optimizers as one state under the parameters' own names, whatever parallelises them.
+
+Owns the naming (that of torch's ``get_state_dict``: no wrapper leaves a trace in a name, and the optimizers' state
+is keyed by parameter), which makes a checkpoint of one parallelism readable by another. Must never call a
+collective, never run an optimizer, and never change anything by being looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from resilience.checkpoint.box import Box
+from resilience.checkpoint.shard import Shard
+from resilience.checkpoint.tree import segment
+from resilience.errors import InvalidError
+from resilience.integrations.torch import parameters_of, replicated_parameters, shards_its_state, unwrap
+
+_WRAPPERS = frozenset(
+    ("_orig_mod", "_checkpoint_wrapped_module")
+)  # of torch.compile, activation checkpointing
+
+
+class State:
+    """A model and its optimizers, to be tracked as one: ``run.track(train=State(model, optimizer))``.
+
+    Works for plain models, DistributedDataParallel, ``fully_shard`` (FSDP2), ``parallelize_module`` and their
+    combinations on meshes of any number of dimensions; what one saves, any other loads, with any number of ranks.
+    Parameters are saved as they lie (no rank gathers anything). Tensors that are no DTensors and that no wrapper
+    keeps equal (buffers, parameters no parallelism touches) belong to each rank, and are restored by as many ranks
+    as saved them; ``replicated=True`` is your word that they are the same on every rank, which makes them free of
+    the number of ranks (what torch's DCP takes for granted).
+
+    Args:
+        model: the module, wrapped or not.
+        optimizers: whose parameters are the model's.
+        replicated: all tensors that are no DTensors hold the same bytes on every rank.
+
+    Raises:
+        InvalidError: the model is wrapped in FullyShardedDataParallel (FSDP1), or an optimizer has parameters that
+            are not the model's.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, *optimizers: torch.optim.Optimizer, replicated: bool = False
+    ) -> None:
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise InvalidError(
+                "the model is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters hide the model's own",
+                operation="track",
+                hint="use torch.distributed.fsdp.fully_shard (FSDP2)",
+            )
+        self._model, self._optimizers, self._replicated = model, optimizers, replicated
+        for optimizer in optimizers:
+            self._named(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"model": {name: tensor}, "optimizer": {"state": {name: {…}}, "param_groups": […]}}``: references.
+
+        Plain tensors in the state of a sharded parameter (Adam's ``step``) are shards that all of its mesh holds.
+        """
+        saved: dict[str, Any] = {
+            "model": {_plain(key): value for key, value in self._module.state_dict().items()}
+        }
+        if not self._optimizers:
+            return saved
+        state: dict[str, Any] = {}
+        groups: list[dict[str, Any]] = []
+        for optimizer in self._optimizers:
+            named, own = self._named(optimizer), optimizer.state_dict()
+            for number, values in own["state"].items():
+                name, parameter = named[number]
+                state[name] = {key: _shared(value, parameter) for key, value in values.items()}
+            for group in own["param_groups"]:
+                groups.append({**group, "params": [named[number][0] for number in group["params"]]})
+        return {**saved, "optimizer": {"state": state, "param_groups": groups}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` of any parallelism returned. A shard in it stands for this rank's share.
+
+        Raises:
+            InvalidError: the parameters of one group were saved in several groups, or in none.
+        """
+        here = self._module.state_dict()
+        keys = {_plain(key): key for key in here}
+        model = {keys.get(name, name): value for name, value in state["model"].items()}
+        self._module.load_state_dict({key: _settled(value, here.get(key)) for key, value in model.items()})
+        for optimizer in self._optimizers:
+            named, own = self._named(optimizer), optimizer.state_dict()
+            saved, values = state["optimizer"], {}
+            for number, (name, _) in enumerate(named):
+                if name in saved["state"]:
+                    present = own["state"].get(number, {})
+                    values[number] = {
+                        key: _settled(value, present.get(key)) for key, value in saved["state"][name].items()
+                    }
+            groups = []
+            for index, group in enumerate(own["param_groups"]):
+                names = [named[number][0] for number in group["params"]]
+                groups.append(
+                    {**_saved_group(names, index, saved["param_groups"]), "params": group["params"]}
+                )
+            optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+    def replicated_names(self) -> Iterator[str]:
+        """Names in the state, or above, of arrays whose bytes are the same on every rank (shards aside)."""
+        if self._replicated:
+            yield "model"
+            yield "optimizer"
+            return
+        alike = replicated_parameters(self._model)
+        for key, parameter in self._module.named_parameters(remove_duplicate=False):
+            if id(parameter) in alike:
+                yield f"model/{segment(_plain(key))}"
+        for optimizer in self._optimizers:
+            if not shards_its_state(optimizer):
+                for name, parameter in self._named(optimizer):
+                    if id(parameter) in alike:
+                        yield f"optimizer/state/{segment(name)}"
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        return self._optimizers
+
+    @property
+    def _module(self) -> torch.nn.Module:
+        module: torch.nn.Module = unwrap(self._model)
+        return module
+
+    def _named(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
+        """An optimizer's parameters in the order of its groups, with their names."""
+        names: dict[int, str] = {id(value): _plain(key) for key, value in self._module.named_parameters()}
+        try:
+            return [(names[id(parameter)], parameter) for parameter in parameters_of(optimizer)]
+        except KeyError:
+            raise InvalidError(
+                f"{type(optimizer).__name__} has parameters that are not the model's",
+                operation="track",
+                hint="make the optimizer after fully_shard and parallelize_module, which replace parameters, "
+                "and give State the model that it was made for",
+            ) from None
+
+
+def _plain(key: str) -> str:
+    """A key of a module's state without the traces of wrappers inside of it."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def _shared(value: Any, parameter: torch.Tensor) -> Any:
+    """A value of an optimizer's state. All ranks of a sharded parameter's mesh step it together, so what is beside
+    its DTensors is the same on each."""
+    if (
+        not isinstance(parameter, DTensor)
+        or isinstance(value, DTensor)
+        or not isinstance(value, torch.Tensor)
+    ):
+        return value
+    shape, mesh = tuple(value.shape), parameter.device_mesh
+    if mesh.get_coordinate() is None:
+        return Shard(value, shape, ())
+    return Shard(value, shape, (Box.whole(shape),), tuple(mesh.mesh.flatten().tolist()), shape)
+
+
+def _settled(value: Any, present: Any) -> Any:
+    """What to load for ``value``: of a shard the tensor here that it is a share of, which holds its bytes then."""
+    if not isinstance(value, Shard) or not isinstance(present, torch.Tensor):
+        return value.local if isinstance(value, Shard) else value
+    with torch.no_grad():
+        local = present.to_local() if isinstance(present, DTensor) else present
+        if local.data_ptr() != value.local.data_ptr():
+            local.copy_(value.local)
+    return present
+
+
+def _saved_group(names: list[str], index: int, saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """The saved group that holds the parameters ``names``; of an empty one, that at its place."""
+    found = [group for group in saved if not set(names).isdisjoint(group["params"])]
+    if not names:
+        found = saved[index : index + 1]
+    if len(found) != 1 or not set(names) <= set(found[0]["params"]):
+        raise InvalidError(
+            f"the parameters of group {index} were saved in {len(found)} groups: {', '.join(names[:3])}, ...",
+            operation="restore",
+            hint="make the optimizer with the parameter groups it had when it was saved",
+        )
+    return found[0]
