@@ -19,13 +19,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from resilience.checkpoint.tree import segment
 
 if TYPE_CHECKING:
-    from resilience.integrations.torch_dcp import StorageReader, StorageWriter
+    from resilience.integrations.torch_dcp_reader import StorageReader
+    from resilience.integrations.torch_dcp_writer import StorageWriter
     from resilience.integrations.torch_state import State
 
 __all__ = ["State", "StorageReader", "StorageWriter", "replicated_names", "unwrap"]
 
 # Every process with torch loads this module; what few use, and what takes long to import, comes when it is asked for.
-_HOMES = {"State": "torch_state", "StorageReader": "torch_dcp", "StorageWriter": "torch_dcp"}
+_HOMES = {"State": "torch_state", "StorageReader": "torch_dcp_reader", "StorageWriter": "torch_dcp_writer"}
 
 
 def unwrap(value: Any) -> Any:

@@ -14,11 +14,13 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from resilience.checkpoint import arrays as _arrays
 from resilience.checkpoint.box import Box
 from resilience.checkpoint.shard import Shard
 from resilience.checkpoint.tree import segment
 from resilience.errors import InvalidError
 from resilience.integrations.torch import parameters_of, replicated_parameters, shards_its_state, unwrap
+from resilience.integrations.torch_sharding import shard_of
 
 _WRAPPERS = frozenset(
     ("_orig_mod", "_checkpoint_wrapped_module")
@@ -80,31 +82,56 @@ class State:
         return {**saved, "optimizer": {"state": state, "param_groups": groups}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what ``state_dict`` of any parallelism returned. A shard in it stands for this rank's share.
+        """Load what ``state_dict`` of any parallelism returned: shards and DTensors of this one's placements, or whole
+        tensors, of which this rank takes its share.
 
         Raises:
             InvalidError: the parameters of one group were saved in several groups, or in none.
         """
         here = self._module.state_dict()
         keys = {_plain(key): key for key in here}
-        model = {keys.get(name, name): value for name, value in state["model"].items()}
-        self._module.load_state_dict({key: _settled(value, here.get(key)) for key, value in model.items()})
+        with torch.no_grad():
+            model = {keys.get(name, name): value for name, value in state["model"].items()}
+            self._module.load_state_dict(
+                {key: _settled(value, here.get(key)) for key, value in model.items()}
+            )
+            for optimizer in self._optimizers:
+                self._load_optimizer(optimizer, state["optimizer"])
+
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+        named, own = self._named(optimizer), optimizer.state_dict()
+        values = {}
+        for number, (name, parameter) in enumerate(named):
+            if name in saved["state"]:
+                present = own["state"].get(number, {})
+                values[number] = {
+                    key: _settled(value, present.get(key, _like(parameter, value)))
+                    for key, value in saved["state"][name].items()
+                }
+        groups = []
+        for index, group in enumerate(own["param_groups"]):
+            names = [named[number][0] for number in group["params"]]
+            groups.append({**_saved_group(names, index, saved["param_groups"]), "params": group["params"]})
+        optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+    def targets(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """As ``state_dict``, with what the optimizers lack of the saved ``state`` (before their first step they have
+        none): new memory, placed as the parameter it belongs to. All of it may be filled before ``load_state_dict``.
+
+        Args:
+            state: the saved one; of its arrays only type and shape are looked at.
+        """
+        found = self.state_dict()
+        if "optimizer" not in found or "optimizer" not in state:
+            return found
+        live = found["optimizer"]["state"]
         for optimizer in self._optimizers:
-            named, own = self._named(optimizer), optimizer.state_dict()
-            saved, values = state["optimizer"], {}
-            for number, (name, _) in enumerate(named):
-                if name in saved["state"]:
-                    present = own["state"].get(number, {})
-                    values[number] = {
-                        key: _settled(value, present.get(key)) for key, value in saved["state"][name].items()
-                    }
-            groups = []
-            for index, group in enumerate(own["param_groups"]):
-                names = [named[number][0] for number in group["params"]]
-                groups.append(
-                    {**_saved_group(names, index, saved["param_groups"]), "params": group["params"]}
-                )
-            optimizer.load_state_dict({"state": values, "param_groups": groups})
+            for name, parameter in self._named(optimizer):
+                for key, value in state["optimizer"]["state"].get(name, {}).items():
+                    made = None if key in live.get(name, {}) else _like(parameter, value)
+                    if made is not None:
+                        live.setdefault(name, {})[key] = _shared(made, parameter)
+        return found
 
     def replicated_names(self) -> Iterator[str]:
         """Names in the state, or above, of arrays whose bytes are the same on every rank (shards aside)."""
@@ -165,14 +192,38 @@ def _shared(value: Any, parameter: torch.Tensor) -> Any:
     return Shard(value, shape, (Box.whole(shape),), tuple(mesh.mesh.flatten().tolist()), shape)
 
 
+def _like(parameter: torch.Tensor, value: Any) -> torch.Tensor | None:
+    """New memory for ``value`` (an array) of the state of ``parameter``; ``None`` where it cannot be known how such a
+    thing is placed: it is no array, or neither a scalar nor of the parameter's shape, and the parameter is sharded."""
+    if _arrays.kind(value) is None:
+        return None
+    name, shape = _arrays.describe(value)
+    dtype = getattr(torch, name)
+    if shape == tuple(parameter.shape):
+        return torch.empty_like(parameter.detach(), dtype=dtype)
+    if shape and isinstance(parameter, DTensor):
+        return None
+    return torch.empty(shape, dtype=dtype)  # torch moves it to where the optimizer wants it
+
+
 def _settled(value: Any, present: Any) -> Any:
-    """What to load for ``value``: of a shard the tensor here that it is a share of, which holds its bytes then."""
-    if not isinstance(value, Shard) or not isinstance(present, torch.Tensor):
-        return value.local if isinstance(value, Shard) else value
-    with torch.no_grad():
-        local = present.to_local() if isinstance(present, DTensor) else present
-        if local.data_ptr() != value.local.data_ptr():
-            local.copy_(value.local)
+    """What to load for ``value``: ``present``, a tensor here that holds its bytes then, where the two are the same or
+    differ in placement only."""
+    if isinstance(value, DTensor) or _arrays.kind(value) is None:
+        return value
+    plain = value.local if isinstance(value, Shard) else value
+    if not isinstance(present, torch.Tensor) or not isinstance(plain, torch.Tensor):
+        return plain
+    share = shard_of(present) if isinstance(present, DTensor) else None
+    if isinstance(value, Shard):
+        local = present if share is None else share.local
+        if local.data_ptr() != plain.data_ptr():
+            local.copy_(plain)
+        return present
+    if share is None or tuple(plain.shape) != share.shape:
+        return value
+    for box, view in zip(share.boxes, share.views(share.local), strict=True):
+        view.copy_(plain[box.slices(Box.whole(share.shape))])
     return present
 
 

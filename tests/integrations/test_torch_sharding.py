@@ -35,7 +35,7 @@ def mesh() -> Iterator[Any]:
 def test_what_it_says_is_what_lies_in_memory(ranks: Callable[..., list[Any]], world: int) -> None:
     """Random shapes, meshes (ranks in any order) and placements: every view equals its box of the whole array; the
     boxes of all ranks cover it, disjoint but for those who are each other's holders; all keep to the unit."""
-    irregular = ranks("shards", world, examples=EXAMPLES, seed=world)
+    [irregular] = ranks("sharding", ("shards", world, {"examples": EXAMPLES, "seed": world}))
     assert len(set(irregular)) == 1
     assert 0 < irregular[0] < EXAMPLES  # both arrays with a grid and without were met
 

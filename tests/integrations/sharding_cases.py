@@ -1,24 +1,14 @@
-"""What the ranks of the distributed tests do: one process a rank, gloo, one thread. Run by ``conftest.ranks``.
-
-``python cases.py CASE RANK WORLD PORT ARGUMENTS`` calls the function of that name and prints what it returns as
-JSON. A process ends with ``os._exit``: gloo's threads may abort one that ends while they run.
-"""
+"""What the ranks of ``test_torch_sharding.py`` do."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import random
-import sys
-import traceback
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.distributed as dist
+from rank import main
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -92,22 +82,5 @@ def _placements(draw: random.Random, dims: int, axes: int) -> list[Placement]:
     return found
 
 
-def main() -> None:
-    case, rank, world, port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, world, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    code = 0
-    try:
-        result = globals()[case](**json.loads(sys.argv[5]))
-        dist.barrier()
-        print(json.dumps(result), flush=True)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    main()
+    main(globals())
