@@ -18,8 +18,8 @@ _DEADLINE_S = 120
 
 @pytest.fixture
 def ranks() -> Iterator[Callable[..., list[list[Any]]]]:
-    """``ranks("dcp", ("save", 4, {...}), ("load", 3, {...}))``: functions of ``dcp_cases.py``, one after the other, each
-    by so many ranks; what each returned, by rank.
+    """``ranks("dcp", ("save", 4, {...}), ("load", 3, {...}))``: functions of ``dcp_cases.py``, one after the other, by
+    so many ranks each; what they returned, by rank.
 
     A rank that fails fails the test with its traceback; the others are ended.
     """
