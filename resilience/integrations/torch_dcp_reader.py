@@ -8,14 +8,10 @@ values are decoded, and pickled here for DCP, which takes them no other way.
 from __future__ import annotations
 
 import io
-import math
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -23,11 +19,12 @@ from torch.distributed.checkpoint.storage import StorageReader as DcpStorageRead
 from torch.futures import Future
 
 from resilience.checkpoint import arrays as _arrays
-from resilience.checkpoint.box import Box, missing
-from resilience.checkpoint.pack import check_chunk, read_range
-from resilience.checkpoint.part import Part, PartChunk
-from resilience.checkpoint.plan import CRC_BYTES
-from resilience.checkpoint.restore import Source, check_together, load_part
+from resilience.checkpoint.box import Box
+from resilience.checkpoint.coverage import Coverage, Want
+from resilience.checkpoint.landing import Landing, fresh, landing
+from resilience.checkpoint.part import Part
+from resilience.checkpoint.reader import Job, read
+from resilience.checkpoint.source import Source, check_together, load_part
 from resilience.checkpoint.tree import leaves, unflatten
 from resilience.errors import CorruptError, InvalidError, ResilienceError
 from resilience.integrations.torch_dcp import Catalog, step_of, wanted_step
@@ -48,18 +45,6 @@ class _Unreadable(Metadata):
         raise self.error
 
 
-@dataclass
-class _Want:
-    """Boxes of an array that are wanted, and memory of their shapes for them, in carrier type."""
-
-    boxes: list[Box] = field(default_factory=list)
-    views: list[_arrays.AnyArray] = field(default_factory=list)
-
-    def add(self, box: Box, memory: _arrays.AnyArray) -> None:
-        self.boxes.append(box)
-        self.views.append(memory if memory.dtype.isbuiltin == 1 else memory.view(_carrier(memory)))
-
-
 class StorageReader(DcpStorageReader):
     """Reads checkpoints that ``StorageWriter`` wrote: ``dcp.load(state, storage_reader=StorageReader(url))``.
 
@@ -76,7 +61,7 @@ class StorageReader(DcpStorageReader):
 
     def __init__(self, url: str, step: int | None = None, *, threads: int = 2) -> None:
         self._url, self._step, self._threads = url, step, threads
-        self._parts: list[Part] = []
+        self._parts: list[tuple[Source, Part]] = []
         self._catalog: Catalog | None = None
         self._storage: Storage | None = None
 
@@ -108,31 +93,28 @@ class StorageReader(DcpStorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         catalog = self._catalog
         assert catalog is not None  # since set_up_storage_reader
-        wants: dict[str, _Want] = {}
-
-        def want(name: str, box: Box, memory: _arrays.AnyArray) -> None:
-            wants.setdefault(name, _Want()).add(box, memory)
-
+        wanted: dict[str, list[tuple[Box, Landing]]] = {}
         tensors = []
         for item in (item for item in plan.items if item.type is LoadItemType.TENSOR):
             target = planner.resolve_tensor(item)
             name = catalog.tensors[item.storage_index.fqn]
-            direct = _memory(target, catalog.arrays[name].dtype)
-            memory = _new(catalog.arrays[name].dtype, tuple(item.lengths)) if direct is None else direct
-            want(name, _box(item), memory)
+            dtype = catalog.arrays[name].dtype
+            direct = landing(target) if _arrays.describe(target)[0] == dtype else None
+            memory = direct or fresh(dtype, tuple(item.lengths))
+            wanted.setdefault(name, []).append((_box(item), memory))
             tensors.append((item, target, memory if direct is None else None))
         values = [
             catalog.values[item.storage_index.fqn] for item in plan.items if item.type is LoadItemType.BYTE_IO
         ]
         arrays = {}
         for name in {name for value in values for _, name in leaves(value)}:
-            array = catalog.arrays[name]
-            arrays[name] = _new(array.dtype, array.shape)
-            want(name, Box.whole(array.shape), arrays[name])
-        self._fill(wants)
+            memory = fresh(catalog.arrays[name].dtype, catalog.arrays[name].shape)
+            wanted.setdefault(name, []).append((Box.whole(catalog.arrays[name].shape), memory))
+            arrays[name] = memory.value
+        self._fill(catalog, wanted)
         for item, target, apart in tensors:
-            if apart is not None:
-                target.copy_(_arrays.build(apart, "torch"))
+            if apart is not None:  # DCP casts without a word
+                target.copy_(_arrays.build(apart.value, "torch"))
             planner.commit_tensor(item, target)
         for item in (item for item in plan.items if item.type is LoadItemType.BYTE_IO):
             made = io.BytesIO()
@@ -169,66 +151,32 @@ class StorageReader(DcpStorageReader):
         sources = [
             Source(part.rank, storage, part.name, part.sha256) for part in chosen.tiers["shared"].parts
         ]
-        self._parts = [load_part(source) for source in sources]
-        check_together(self._parts, step=chosen.step, generation=chosen.generation)
-        self._catalog = Catalog.of(self._parts)
+        parts = [load_part(source) for source in sources]
+        check_together(parts, step=chosen.step, generation=chosen.generation)
+        self._parts = list(zip(sources, parts, strict=True))
+        self._catalog = Catalog.of(parts)
         return self._catalog
 
-    def _fill(self, wants: dict[str, _Want]) -> None:
-        """Read, verify and copy all chunks that hold something of what is wanted."""
-        work = []
-        there: dict[str, list[Box]] = {}
-        for part in self._parts:
-            for chunk in part.chunks:
-                name = part.arrays[chunk.array].name
-                if name in wants and any(box.meet(chunk.box) for box in wants[name].boxes):
-                    there.setdefault(name, []).append(chunk.box)
-                    work.append((part, chunk, wants[name]))
-        for name, want in wants.items():
-            for box in want.boxes:
-                for hole in missing(box, there.get(name, ())):
-                    raise CorruptError(
-                        f"{name} lacks the box of shape {list(hole.shape)} at {list(hole.offset)}: it is in no pack",
-                        operation="dcp",
-                        path=self._parts[0].directory,
-                        hint="load an older checkpoint; `resilience verify` lists the damaged ones",
-                    )
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="dcp-load") as pool:
-            for done in pool.map(lambda it: self._take(*it), work):
-                assert done is None
-
-    def _take(self, part: Part, chunk: PartChunk, want: _Want) -> None:
-        storage = self._storage
-        assert storage is not None
-        array = part.arrays[chunk.array]
-        block = read_range(
-            storage, part.pack_of(chunk), chunk.offset, chunk.offset + chunk.length + CRC_BYTES
-        )
-        check_chunk(part, block, 0, chunk.length, chunk.offset, chunk.crc32c)
-        shape = chunk.box_shape if array.grid is None else array.grid
-        payload = np.frombuffer(block, _arrays.carrier(array.dtype), math.prod(shape)).reshape(shape)
-        held = Box(chunk.box_offset, tuple(shape))  # with what fills up a chunk that the array ends in
-        for box, view in zip(want.boxes, want.views, strict=True):
-            common = box.meet(chunk.box)
-            if common is not None:
-                view[common.slices(box) or ...] = payload[common.slices(held) or ...]
+    def _fill(self, catalog: Catalog, wanted: Mapping[str, Sequence[tuple[Box, Landing]]]) -> None:
+        """Read, verify and copy what is wanted of each array."""
+        wants, landings = [], {}
+        for name, pieces in wanted.items():
+            array, boxes = catalog.arrays[name], tuple(box for box, _ in pieces)
+            wants.append(Want(name, array.dtype, array.shape, boxes))
+            landings[name] = Landing(None, boxes, tuple(memory.views[0] for _, memory in pieces))
+        coverage = Coverage(wants)
+        jobs = [Job(source, part, takes) for source, part in self._parts if (takes := coverage.absorb(part))]
+        for name, left in coverage.left.items():
+            hole = left[0][1]
+            raise CorruptError(
+                f"{name} lacks the box of shape {list(hole.shape)} at {list(hole.offset)}: it is in no pack",
+                operation="dcp",
+                path=self._parts[0][1].directory,
+                hint="load an older checkpoint; `resilience verify` lists the damaged ones",
+            )
+        read(jobs, landings, threads=self._threads)
 
 
 def _box(item: ReadItem) -> Box:
     offset = item.storage_index.offset or (0,) * len(item.lengths)
     return Box(tuple(a + b for a, b in zip(offset, item.storage_offsets, strict=True)), tuple(item.lengths))
-
-
-def _new(dtype: str, shape: Sequence[int]) -> _arrays.AnyArray:
-    return np.empty(tuple(shape), _arrays.numpy_dtype(dtype))
-
-
-def _carrier(memory: _arrays.AnyArray) -> np.dtype[Any]:
-    return _arrays.carrier(str(memory.dtype))
-
-
-def _memory(target: torch.Tensor, dtype: str) -> _arrays.AnyArray | None:
-    """The memory of ``target``, where bytes of ``dtype`` can be copied straight to it."""
-    if target.device.type != "cpu" or target.is_conj() or target.is_neg():
-        return None
-    return _arrays.raw(target) if _arrays.describe(target)[0] == dtype else None

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from resilience.checkpoint import arrays as _arrays
+from resilience.checkpoint import fit
 from resilience.checkpoint.box import Box
 from resilience.checkpoint.shard import Shard
 from resilience.checkpoint.tree import segment
@@ -89,12 +90,10 @@ class State:
             InvalidError: the parameters of one group were saved in several groups, or in none.
         """
         here = self._module.state_dict()
-        keys = {_plain(key): key for key in here}
+        keys = self._keys(here)
         with torch.no_grad():
             model = {keys.get(name, name): value for name, value in state["model"].items()}
-            self._module.load_state_dict(
-                {key: _settled(value, here.get(key)) for key, value in model.items()}
-            )
+            fit.load(self._module, {key: _settled(value, here.get(key)) for key, value in model.items()})
             for optimizer in self._optimizers:
                 self._load_optimizer(optimizer, state["optimizer"])
 
@@ -105,33 +104,56 @@ class State:
             if name in saved["state"]:
                 present = own["state"].get(number, {})
                 values[number] = {
-                    key: _settled(value, present.get(key, _like(parameter, value)))
+                    key: _settled(value, present.get(key), parameter)
                     for key, value in saved["state"][name].items()
                 }
-        groups = []
-        for index, group in enumerate(own["param_groups"]):
-            names = [named[number][0] for number in group["params"]]
-            groups.append({**_saved_group(names, index, saved["param_groups"]), "params": group["params"]})
+        groups = [
+            {**saved_group, "params": group["params"]}
+            for saved_group, group in zip(
+                _saved_groups(named, own["param_groups"], saved), own["param_groups"], strict=True
+            )
+        ]
         optimizer.load_state_dict({"state": values, "param_groups": groups})
 
-    def targets(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """As ``state_dict``, with what the optimizers lack of the saved ``state`` (before their first step they have
-        none): new memory, placed as the parameter it belongs to. All of it may be filled before ``load_state_dict``.
+    def restore_targets(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A state like the saved one whose arrays may be filled in place before ``load_state_dict``: the memory of
+        model and optimizers, and new memory, placed as the parameter, for what these have only after a step.
 
         Args:
             state: the saved one; of its arrays only type and shape are looked at.
         """
-        found = self.state_dict()
-        if "optimizer" not in found or "optimizer" not in state:
+        keys = self._keys(self._module.state_dict())
+        model = fit.targets(
+            self._module, {keys.get(name, name): value for name, value in state["model"].items()}
+        )
+        found: dict[str, Any] = {"model": {_plain(key): value for key, value in model.items()}}
+        if not self._optimizers:
             return found
-        live = found["optimizer"]["state"]
+        saved = state.get("optimizer", {"state": {}, "param_groups": []})
+        states: dict[str, Any] = {}
         for optimizer in self._optimizers:
-            for name, parameter in self._named(optimizer):
-                for key, value in state["optimizer"]["state"].get(name, {}).items():
-                    made = None if key in live.get(name, {}) else _like(parameter, value)
-                    if made is not None:
-                        live.setdefault(name, {})[key] = _shared(made, parameter)
+            named, own = self._named(optimizer), optimizer.state_dict()
+            _saved_groups(named, own["param_groups"], saved)
+            numbered = {
+                n: saved["state"][name] for n, (name, _) in enumerate(named) if name in saved["state"]
+            }
+            made = fit.targets(optimizer, {"state": numbered, "param_groups": own["param_groups"]})["state"]
+            for number, values in numbered.items():
+                name, parameter = named[number]
+                states[name] = {}
+                for key, value in values.items():
+                    if key in made[number]:
+                        states[name][key] = _shared(made[number][key], parameter)
+                    elif _arrays.kind(value) is None or not value.shape or not isinstance(parameter, DTensor):
+                        states[name][key] = value
+                    # Otherwise nobody knows how the parts of such a thing lie: it is left out, and so refused.
+        found["optimizer"] = {"state": states, "param_groups": saved["param_groups"]}
         return found
+
+    @staticmethod
+    def _keys(state: Mapping[str, Any]) -> dict[str, str]:
+        """Name -> key in the module's own state."""
+        return {_plain(key): key for key in state}
 
     def replicated_names(self) -> Iterator[str]:
         """Names in the state, or above, of arrays whose bytes are the same on every rank (shards aside)."""
@@ -192,27 +214,17 @@ def _shared(value: Any, parameter: torch.Tensor) -> Any:
     return Shard(value, shape, (Box.whole(shape),), tuple(mesh.mesh.flatten().tolist()), shape)
 
 
-def _like(parameter: torch.Tensor, value: Any) -> torch.Tensor | None:
-    """New memory for ``value`` (an array) of the state of ``parameter``; ``None`` where it cannot be known how such a
-    thing is placed: it is no array, or neither a scalar nor of the parameter's shape, and the parameter is sharded."""
-    if _arrays.kind(value) is None:
-        return None
-    name, shape = _arrays.describe(value)
-    dtype = getattr(torch, name)
-    if shape == tuple(parameter.shape):
-        return torch.empty_like(parameter.detach(), dtype=dtype)
-    if shape and isinstance(parameter, DTensor):
-        return None
-    return torch.empty(shape, dtype=dtype)  # torch moves it to where the optimizer wants it
-
-
-def _settled(value: Any, present: Any) -> Any:
+def _settled(value: Any, present: Any, parameter: torch.Tensor | None = None) -> Any:
     """What to load for ``value``: ``present``, a tensor here that holds its bytes then, where the two are the same or
-    differ in placement only."""
+    differ in placement only. Without it, one placed as ``parameter`` where that has the shape of ``value``."""
     if isinstance(value, DTensor) or _arrays.kind(value) is None:
         return value
     plain = value.local if isinstance(value, Shard) else value
-    if not isinstance(present, torch.Tensor) or not isinstance(plain, torch.Tensor):
+    if not isinstance(plain, torch.Tensor):
+        return plain
+    if present is None and isinstance(parameter, DTensor) and plain.shape == parameter.shape:
+        present = torch.empty_like(parameter.detach(), dtype=plain.dtype)
+    if not isinstance(present, torch.Tensor):
         return plain
     share = shard_of(present) if isinstance(present, DTensor) else None
     if isinstance(value, Shard):
@@ -227,15 +239,22 @@ def _settled(value: Any, present: Any) -> Any:
     return present
 
 
-def _saved_group(names: list[str], index: int, saved: list[dict[str, Any]]) -> dict[str, Any]:
-    """The saved group that holds the parameters ``names``; of an empty one, that at its place."""
-    found = [group for group in saved if not set(names).isdisjoint(group["params"])]
-    if not names:
-        found = saved[index : index + 1]
-    if len(found) != 1 or not set(names) <= set(found[0]["params"]):
-        raise InvalidError(
-            f"the parameters of group {index} were saved in {len(found)} groups: {', '.join(names[:3])}, ...",
-            operation="restore",
-            hint="make the optimizer with the parameter groups it had when it was saved",
-        )
-    return found[0]
+def _saved_groups(
+    named: list[tuple[str, torch.nn.Parameter]], groups: list[dict[str, Any]], saved: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """For each of an optimizer's groups the saved one that holds its parameters; of an empty one, that at its place."""
+    found = []
+    for index, group in enumerate(groups):
+        names = {named[number][0] for number in group["params"]}
+        alike = [each for each in saved["param_groups"] if not names.isdisjoint(each["params"])]
+        if not names:
+            alike = saved["param_groups"][index : index + 1]
+        if len(alike) != 1 or not names <= set(alike[0]["params"]):
+            raise InvalidError(
+                f"the {len(names)} parameters of the optimizer's group {index} ({', '.join(sorted(names)[:3])}, ...) "
+                f"were saved in {len(alike)} groups, not all in one",
+                operation="restore",
+                hint="make the optimizer with the parameter groups it had when it was saved",
+            )
+        found.append(alike[0])
+    return found
