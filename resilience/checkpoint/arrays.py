@@ -75,9 +75,10 @@ def localised(value: Any) -> Any:
     it is, and so a DTensor that cannot be saved (``refusal`` says why)."""
     if not _is_dtensor(value):
         return value
-    from resilience.integrations.torch_sharding import refusal, shard_of
+    from resilience.integrations.torch_sharding import share_of
 
-    return value if refusal(value) else shard_of(value)
+    found = share_of(value)
+    return value if isinstance(found, str) else found
 
 
 def _is_dtensor(value: Any) -> bool:
@@ -103,9 +104,10 @@ def refusal(value: Any) -> str | None:
 def _torch_refusal(tensor: Any) -> str | None:
     torch = sys.modules["torch"]
     if _is_dtensor(tensor):
-        from resilience.integrations.torch_sharding import refusal, shard_of
+        from resilience.integrations.torch_sharding import share_of
 
-        return refusal(tensor) or _torch_refusal(shard_of(tensor).local)
+        found = share_of(tensor)
+        return found if isinstance(found, str) else _torch_refusal(found.local)
     if tensor.is_quantized:
         return "a quantized tensor has no exact array form: save int_repr(), scale and zero point"
     if tensor.layout != torch.strided or tensor.is_nested:

@@ -30,33 +30,29 @@ _Cut = tuple[int, int]  # of one axis by one mesh dimension: into how many, afte
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a rank holds of every DTensor of one shape, mesh and placements."""
+    """What a rank holds of every DTensor of one shape, mesh and placements; ``reason``: why that cannot be said."""
 
-    boxes: tuple[Box, ...]
-    local: tuple[int, ...]  # shape of the memory
-    holders: tuple[int, ...] | None
-    unit: tuple[int, ...] | None
+    boxes: tuple[Box, ...] = ()
+    local: tuple[int, ...] = ()  # shape of the memory
+    holders: tuple[int, ...] | None = None
+    unit: tuple[int, ...] | None = None
+    reason: str = ""
 
 
-def refusal(tensor: DTensor) -> str | None:
-    """Why a DTensor cannot be saved; ``None`` if it can."""
-    for placement in tensor.placements:
-        if placement.is_partial():
-            return (
-                f"a sharded tensor (DTensor) placed as {placement!r} holds a summand on each rank, not a piece: "
-                "redistribute it to Shard or Replicate first"
-            )
-        if _cut(placement, 1) is None and not isinstance(placement, Replicate):
-            return f"a sharded tensor (DTensor) placed as {placement!r} is not known: use Shard or Replicate"
+def share_of(tensor: DTensor) -> Shard | str:
+    """As ``shard_of``, or why the DTensor cannot be saved."""
     layout = _layout(tensor.shape, tensor.device_mesh, tensor.placements)
-    local = tuple(_local(tensor).shape)
-    if layout.holders is not None and local != layout.local and (layout.boxes or 0 not in local):
+    if layout.reason:
+        return layout.reason
+    local = _local(tensor)
+    size = tuple(local.shape)
+    if layout.holders is not None and size != layout.local and (layout.boxes or 0 not in size):
         return (
             f"a sharded tensor (DTensor) of shape {list(tensor.shape)} placed as {list(tensor.placements)} "
-            f"holds {list(local)} here, where its placements say {list(layout.local)}: give its local memory as "
+            f"holds {list(size)} here, where its placements say {list(layout.local)}: give its local memory as "
             "Shard.at(tensor.to_local(), ...)"
         )
-    return None
+    return Shard(local, tuple(tensor.shape), layout.boxes, layout.holders, layout.unit)
 
 
 def shard_of(tensor: DTensor) -> Shard:
@@ -67,21 +63,36 @@ def shard_of(tensor: DTensor) -> Shard:
     grid of it.
 
     Raises:
-        InvalidError: the DTensor cannot be saved (``refusal``).
+        InvalidError: the DTensor cannot be saved.
     """
-    reason = refusal(tensor)
-    if reason is not None:
-        raise InvalidError(reason, operation="shard", hint="redistribute(placements=[Shard(0)]) makes it one")
-    layout = _layout(tensor.shape, tensor.device_mesh, tensor.placements)
-    return Shard(_local(tensor), tuple(map(int, tensor.shape)), layout.boxes, layout.holders, layout.unit)
+    found = share_of(tensor)
+    if isinstance(found, str):
+        raise InvalidError(found, operation="shard", hint="redistribute(placements=[Shard(0)]) makes it one")
+    return found
+
+
+@lru_cache(maxsize=64)
+def members(mesh: DeviceMesh) -> tuple[int, ...] | None:
+    """Global ranks of a mesh; ``None`` if this one is not among them."""
+    return None if mesh.get_coordinate() is None else tuple(mesh.mesh.flatten().tolist())
 
 
 @lru_cache(maxsize=4096)  # a model has few layouts, and every tensor of every save asks
 def _layout(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> _Layout:
+    for placement in placements:
+        if placement.is_partial():
+            return _Layout(
+                reason=f"a sharded tensor (DTensor) placed as {placement!r} holds a summand on each rank, not a piece: "
+                "redistribute it to Shard or Replicate first"
+            )
+        if _cut(placement, 1) is None and not isinstance(placement, Replicate):
+            return _Layout(
+                reason=f"a sharded tensor (DTensor) placed as {placement!r} is not known: use Shard or Replicate"
+            )
     unit = _unit(shape, mesh, placements)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        return _Layout((), (), None, unit)
+        return _Layout(unit=unit)
     axes: list[Runs] = [((0, int(size)),) if size else () for size in shape]
     for size, placement, at in zip(mesh.shape, placements, coordinate, strict=True):
         cut = _cut(placement, size)

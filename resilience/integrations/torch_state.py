@@ -21,7 +21,7 @@ from resilience.checkpoint.shard import Shard
 from resilience.checkpoint.tree import segment
 from resilience.errors import InvalidError
 from resilience.integrations.torch import parameters_of, replicated_parameters, shards_its_state, unwrap
-from resilience.integrations.torch_sharding import shard_of
+from resilience.integrations.torch_sharding import members, shard_of
 
 _WRAPPERS = frozenset(
     ("_orig_mod", "_checkpoint_wrapped_module")
@@ -208,10 +208,8 @@ def _shared(value: Any, parameter: torch.Tensor) -> Any:
         or not isinstance(value, torch.Tensor)
     ):
         return value
-    shape, mesh = tuple(value.shape), parameter.device_mesh
-    if mesh.get_coordinate() is None:
-        return Shard(value, shape, ())
-    return Shard(value, shape, (Box.whole(shape),), tuple(mesh.mesh.flatten().tolist()), shape)
+    shape, holders = tuple(value.shape), members(parameter.device_mesh)
+    return Shard(value, shape, () if holders is None else (Box.whole(shape),), holders, shape)
 
 
 def _settled(value: Any, present: Any, parameter: torch.Tensor | None = None) -> Any:
