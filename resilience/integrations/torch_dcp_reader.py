@@ -23,7 +23,7 @@ from resilience.checkpoint.box import Box
 from resilience.checkpoint.coverage import Coverage, Want
 from resilience.checkpoint.landing import Landing, fresh, landing
 from resilience.checkpoint.part import Part
-from resilience.checkpoint.reader import Job, read
+from resilience.checkpoint.reader import Job, Traffic, read
 from resilience.checkpoint.source import Source, check_together, load_part
 from resilience.checkpoint.tree import leaves, unflatten
 from resilience.errors import CorruptError, InvalidError, ResilienceError
@@ -174,7 +174,7 @@ class StorageReader(DcpStorageReader):
                 path=self._parts[0][1].directory,
                 hint="load an older checkpoint; `resilience verify` lists the damaged ones",
             )
-        read(jobs, landings, threads=self._threads)
+        read(jobs, landings, threads=self._threads, traffic=Traffic())
 
 
 def _box(item: ReadItem) -> Box:
