@@ -70,6 +70,22 @@ def kind(value: Any) -> str | None:
     return "jax" if hasattr(value, "__dlpack__") or hasattr(value, "__array__") else None
 
 
+def localised(value: Any) -> Any:
+    """What this rank holds of ``value``: of a DTensor its ``Shard``, without a copy or a collective; anything else as
+    it is, and so a DTensor that cannot be saved (``refusal`` says why)."""
+    if not _is_dtensor(value):
+        return value
+    from resilience.integrations.torch_sharding import share_of
+
+    found = share_of(value)
+    return value if isinstance(found, str) else found
+
+
+def _is_dtensor(value: Any) -> bool:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(value, tensors.DTensor)
+
+
 def refusal(value: Any) -> str | None:
     """Why the array or shard ``value`` cannot be saved; ``None`` if it can."""
     if isinstance(value, Shard):
@@ -87,8 +103,11 @@ def refusal(value: Any) -> str | None:
 
 def _torch_refusal(tensor: Any) -> str | None:
     torch = sys.modules["torch"]
-    if hasattr(tensor, "placements") and hasattr(tensor, "device_mesh"):
-        return "a sharded tensor (DTensor) cannot be saved yet: save the local shard (tensor.to_local())"
+    if _is_dtensor(tensor):
+        from resilience.integrations.torch_sharding import share_of
+
+        found = share_of(tensor)
+        return found if isinstance(found, str) else _torch_refusal(found.local)
     if tensor.is_quantized:
         return "a quantized tensor has no exact array form: save int_repr(), scale and zero point"
     if tensor.layout != torch.strided or tensor.is_nested:

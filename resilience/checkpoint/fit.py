@@ -87,6 +87,8 @@ def targets(value: Any, state: Any) -> Any:
         state: the saved one; of its arrays only type and shape are looked at.
     """
     value = _unwrap(value)
+    if callable(getattr(value, "restore_targets", None)):  # it knows best itself (integrations.torch.State)
+        return value.restore_targets(state)
     if _has_state_dict(value):
         captured = value.state_dict()
         if _is_torch(value, "Optimizer") and _is_plain_optimizer(value):
@@ -304,6 +306,8 @@ def _misfits(value: Any, state: Any, path: str) -> Iterator[Misfit]:
     value = _unwrap(value)
     if _is_torch(value, "Optimizer"):
         yield from _optimizer_misfits(value, state, path)
+    elif callable(getattr(value, "restore_targets", None)):
+        yield from _misfits(value.restore_targets(state), state, path)
     elif _has_state_dict(value):
         # Modules load by key, and torch would broadcast or cast without a word. Other objects know best
         # themselves what they can load.

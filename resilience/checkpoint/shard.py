@@ -7,6 +7,7 @@ array. DTensors become shards by themselves (``resilience.integrations.torch``);
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ class Shard:
     """A rank's share of a global array. Use ``Shard.at`` or ``Shard.flat``.
 
     Attributes:
-        local: the memory: torch, NumPy or JAX; of one box's shape, or 1-D for a flat range.
+        local: the memory: torch, NumPy or JAX; of one box's shape, 1-D for a flat range, or of the array's number
+            of axes with several boxes side by side.
         shape: of the global array.
         boxes: what ``local`` holds, in the order in which it lies there; none if this rank holds nothing.
         holders: ranks that hold the same boxes with the same bytes (this one included): one of them writes.
@@ -80,11 +82,28 @@ class Shard:
         """``local`` (this shard's memory, or another of its shape) cut into one view a box, of the box's shape."""
         if len(self.boxes) == 1 and tuple(local.shape) == self.boxes[0].shape:
             return [local]
+        if len(local.shape) == len(self.shape) > 1:
+            return self._blocks(local)
         found, at = [], 0
         for box in self.boxes:
             found.append(local[at : at + box.count].reshape(box.shape))
             at += box.count
         return found
+
+    def _blocks(self, local: Any) -> list[Any]:
+        """Views where the boxes lie in ``local`` side by side along every axis (strided shards): its axis has the
+        index ranges of the boxes one after the other, in the order in which the boxes name them."""
+        starts: list[dict[int, int]] = []
+        for axis in range(len(self.shape)):
+            sizes = {box.offset[axis]: box.shape[axis] for box in self.boxes}
+            ends = [0, *itertools.accumulate(sizes.values())]
+            starts.append(dict(zip(sizes, ends, strict=False)))
+        at = [tuple(starts[axis][o] for axis, o in enumerate(box.offset)) for box in self.boxes]
+        boxes = zip(at, self.boxes, strict=True)
+        return [
+            local[tuple(slice(o, o + n) for o, n in zip(corner, box.shape, strict=True))]
+            for corner, box in boxes
+        ]
 
 
 def _on_grid(box: Box, grid: Sequence[int], shape: Sequence[int]) -> bool:

@@ -148,6 +148,7 @@ class _Flattener:
         return _scalar(value, path)
 
     def _array(self, value: Any, kind: str, path: str) -> Any:
+        value = _arrays.localised(value)
         reason = _arrays.refusal(value)
         if reason is not None:
             raise _unsavable(path, value, reason)

@@ -1,18 +1,32 @@
 """torch: what is replicated over ranks, and names without the wrappers people put around modules.
 
-Owns the knowledge of DistributedDataParallel, torch.compile and optimizers. Import it only where torch is
-loaded. Must never call a collective, and when in doubt says "not replicated": that costs bytes, never truth.
+The public face of what we do for torch: ``State`` (a model and its optimizers under one parallelism or another),
+``StorageWriter`` and ``StorageReader`` (torch.distributed.checkpoint on our engine). Owns the knowledge of
+DistributedDataParallel, torch.compile and optimizers. Import it only where torch is loaded. Must never call a
+collective, and when in doubt says "not replicated": that costs bytes, never truth.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from resilience.checkpoint.tree import segment
+
+if TYPE_CHECKING:
+    from resilience.integrations.torch_dcp_reader import StorageReader
+    from resilience.integrations.torch_dcp_writer import StorageWriter
+    from resilience.integrations.torch_state import State
+
+__all__ = ["State", "StorageReader", "StorageWriter", "replicated_names", "unwrap"]
+
+# Every process with torch loads this module; what few use, and what takes long to import, comes when it is asked for.
+_HOMES = {"State": "torch_state", "StorageReader": "torch_dcp_reader", "StorageWriter": "torch_dcp_writer"}
 
 
 def unwrap(value: Any) -> Any:
@@ -32,11 +46,12 @@ def unwrap(value: Any) -> Any:
 
 
 def replicated_names(objects: Mapping[str, Any]) -> frozenset[str]:
-    """Names of arrays, or of whole objects, whose bytes are the same on every rank.
+    """Names of arrays, or of whole objects, whose bytes are the same on every rank. DTensors need none: they know.
 
     - Parameters of a module in DistributedDataParallel: the gradients every rank applies are the same bytes.
       Its buffers are not: batch statistics differ between ranks until rank 0's are broadcast again.
     - The state of an optimizer all of whose parameters belong to such modules.
+    - What an optimizer has beside DTensors (Adam's ``step``) for parameters that are sharded over all ranks.
 
     Args:
         objects: the tracked objects by name.
@@ -50,16 +65,57 @@ def replicated_names(objects: Mapping[str, Any]) -> frozenset[str]:
         inner = _distributed(value)
         if inner is None:
             continue
-        ignored = set(getattr(inner, "parameters_to_ignore", ()))
+        alike = replicated_parameters(value)
+        replicated |= alike
         # Tied parameters appear under several names in the state, but under the first one in the loop below.
         for path, parameter in inner.module.named_parameters(remove_duplicate=False):
-            if path not in ignored:
+            if id(parameter) in alike:
                 names.add(f"{segment(name)}/{segment(_without_wrappers(path))}")
-                replicated.add(id(parameter))
     for name, value in objects.items():
-        if isinstance(value, torch.optim.Optimizer) and _covered(value, replicated):
-            names.add(segment(name))
+        if isinstance(value, torch.optim.Optimizer) and not shards_its_state(value):
+            parameters = parameters_of(value)
+            if parameters and all(id(parameter) in replicated for parameter in parameters):
+                names.add(segment(name))
+            names.update(
+                f"{segment(name)}/state/{number}"
+                for number, parameter in enumerate(parameters)
+                if _everywhere(parameter)
+            )
+    states = sys.modules.get("resilience.integrations.torch_state")
+    for name, value in objects.items():
+        if states is not None and isinstance(value, states.State):
+            names.update(f"{segment(name)}/{path}" for path in value.replicated_names())
     return frozenset(names)
+
+
+def replicated_parameters(value: Any) -> set[int]:
+    """Identities of the parameters that DistributedDataParallel keeps equal; none without it."""
+    inner = _distributed(value)
+    if inner is None:
+        return set()
+    ignored = set(getattr(inner, "parameters_to_ignore", ()))
+    found = inner.module.named_parameters(remove_duplicate=False)
+    return {id(parameter) for path, parameter in found if path not in ignored}
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """An optimizer's parameters in the order in which its state numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def shards_its_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it spreads its state over the ranks: same parameters, other bytes on each."""
+    return any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__)
+
+
+def _everywhere(parameter: torch.Tensor) -> bool:
+    """Whether ``parameter`` is a DTensor over all ranks there are: they all step it together."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return (
+        tensors is not None
+        and isinstance(parameter, tensors.DTensor)
+        and parameter.device_mesh.size() == torch.distributed.get_world_size()
+    )
 
 
 def _distributed(value: Any) -> DistributedDataParallel | None:
@@ -76,9 +132,7 @@ def _without_wrappers(path: str) -> str:
     return path
 
 
-def _covered(optimizer: torch.optim.Optimizer, replicated: set[int]) -> bool:
-    # It shards its state over the ranks: same parameters, other bytes on each.
-    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
-        return False
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return bool(parameters) and all(id(parameter) in replicated for parameter in parameters)
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__package__}.{_HOMES[name]}"), name)
