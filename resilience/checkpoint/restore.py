@@ -8,7 +8,8 @@ gap with zeros: what is missing is an error that names file and byte range.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from resilience.checkpoint import arrays as _arrays
+from resilience.checkpoint import fit
 from resilience.checkpoint.arrays import AnyArray
 from resilience.checkpoint.box import Box, missing
 from resilience.checkpoint.pack import check_chunk, check_size, read_range
 from resilience.checkpoint.part import Part, PartArray, PartChunk, sha256
 from resilience.checkpoint.plan import CRC_BYTES, Scope
+from resilience.checkpoint.tree import unflatten
 from resilience.errors import CorruptError, InvalidError
 from storage_backends import open_storage
 from storage_backends.base import Storage
@@ -107,6 +110,46 @@ def restore(
             assert done is None
     keyed = {own.key(array): arrays[array.name] for array in own.arrays}
     return Restored(own.run, own.step, own.generation, own.state, keyed)
+
+
+def restore_into(
+    sources: Sequence[Source],
+    objects: dict[str, Any],
+    *,
+    rank: int,
+    world_size: int,
+    run: str | None = None,
+    step: int | None = None,
+    generation: int | None = None,
+    threads: int = 2,
+    warn: Callable[[str], None] = warnings.warn,
+) -> dict[str, Any]:
+    """Fill the tracked objects (name -> value, as ``Run.track`` takes them) in place from a checkpoint.
+
+    An object named ``rng`` (its value does not matter) puts the random number generators back.
+
+    Args:
+        sources: one per rank of the saved world.
+        objects: all that the checkpoint holds, by the names it was saved under.
+        rank, world_size: of the world that restores; may differ from the one that saved.
+        run, step, generation: what the log says the checkpoint is; ``None`` = not checked.
+        threads: that read and verify at the same time.
+        warn: told what could not be restored and need not be (generators of ranks that were not saved).
+
+    Returns:
+        name -> value: what cannot change in place (plain values, tuples, JAX arrays) is replaced.
+
+    Raises:
+        CorruptError: anything is missing, damaged or of another checkpoint; names file and byte range.
+        InvalidError: the state does not fit (lists missing, unexpected and mis-shaped keys), or belongs to single
+            ranks of another world. Nothing was changed.
+        UnavailableError: the storage is away.
+    """
+    got = restore(
+        sources, rank=rank, world_size=world_size, run=run, step=step, generation=generation, threads=threads
+    )
+    state = unflatten(got.skeleton, got.arrays)
+    return {name: fit.apply(value, state[name], name=name) for name, value in objects.items()}
 
 
 def load_part(source: Source) -> Part:
