@@ -26,8 +26,10 @@ from resilience.run import Run
 
 if TYPE_CHECKING:
     from resilience.checkpoint.store import open_checkpoint
+    from resilience.checkpointer import Checkpointer
 
 __all__ = [
+    "Checkpointer",
     "CorruptError",
     "ExhaustedError",
     "FencedError",
@@ -47,6 +49,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "open_checkpoint":
         return import_module("resilience.checkpoint.store").open_checkpoint
+    if name == "Checkpointer":
+        return import_module("resilience.checkpointer").Checkpointer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -65,41 +65,47 @@ class Writer:
     def serve(self) -> None:
         """Read orders for ever; two threads carry them out: one per tier, so that a slow shared store does not
         hold up the slots."""
+        self.start()
+        while True:
+            self.obey(*self._channel.receive())
+
+    def start(self) -> None:
         for loop in (self._persist_loop, self._drain_loop):
             threading.Thread(target=_or_die, args=(loop,), daemon=True).start()
-        while True:
-            message, fds = self._channel.receive()
-            kind = message["t"]
-            if kind == "open":
-                self._nvme = open_storage(message["nvme"]) if message["nvme"] else None
-                self._shared = open_storage(message["shared"])
-            elif kind == "arm":
-                self._failpoints = Failpoints(message["failpoints"], self._fire)
-            elif kind == "arena":
-                self._arenas[tuple(message["key"])] = Arena.attach(fds[0])
-            elif kind == "forget":
-                arena = self._arenas.pop(tuple(message["key"]), None)
-                if arena is not None:
-                    arena.close()
-            elif kind == "persist":
-                self._persist.put(
-                    _Job(
-                        rank=message["rank"],
-                        generation=message["generation"],
-                        step=message["step"],
-                        arena=tuple(message["key"]),
-                        slot=message["slot"],
-                        part=message["part"],
-                    )
+
+    def obey(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Take one order."""
+        kind = message["t"]
+        if kind == "open":
+            self._nvme = open_storage(message["nvme"]) if message["nvme"] else None
+            self._shared = open_storage(message["shared"])
+        elif kind == "arm":
+            self._failpoints = Failpoints(message["failpoints"], self._fire)
+        elif kind == "arena":
+            self._arenas[tuple(message["key"])] = Arena.attach(fds[0])
+        elif kind == "forget":
+            arena = self._arenas.pop(tuple(message["key"]), None)
+            if arena is not None:
+                arena.close()
+        elif kind == "persist":
+            self._persist.put(
+                _Job(
+                    rank=message["rank"],
+                    generation=message["generation"],
+                    step=message["step"],
+                    arena=tuple(message["key"]),
+                    slot=message["slot"],
+                    part=message["part"],
                 )
-            elif kind == "drain":
-                self._drain.put(_Job(message["rank"], message["generation"], message["step"]))
-            elif kind == "release":
-                arena = self._arenas[tuple(message["key"])]
-                if _holds(arena, message["slot"], message["step"], message["generation"]):
-                    arena.release(message["slot"])
-            elif kind == "injected":
-                self._replies.put(None)
+            )
+        elif kind == "drain":
+            self._drain.put(_Job(message["rank"], message["generation"], message["step"]))
+        elif kind == "release":
+            arena = self._arenas[tuple(message["key"])]
+            if _holds(arena, message["slot"], message["step"], message["generation"]):
+                arena.release(message["slot"])
+        elif kind == "injected":
+            self._replies.put(None)
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._sending:
