@@ -22,7 +22,11 @@ from tests.engine.conftest import damage, packs, run, script, until, writer_of  
 
 
 def make(value=0):
-    return {"w": np.full(1000, float(value)), "epoch": int(value), "more": [np.full((3, 4), value, np.float32), "a", None]}
+    return {
+        "w": np.full(1000, float(value)),
+        "epoch": int(value),
+        "more": [np.full((3, 4), value, np.float32), "a", None],
+    }
 
 
 def test_import_takes_neither_ray_nor_torch(script):
@@ -113,7 +117,11 @@ def _blank(value):
 
 def _same(a, b):
     if isinstance(a, np.ndarray):
-        return isinstance(b, np.ndarray) and (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+        return isinstance(b, np.ndarray) and (a.dtype, a.shape, a.tobytes()) == (
+            b.dtype,
+            b.shape,
+            b.tobytes(),
+        )
     if isinstance(a, dict):
         return isinstance(b, dict) and list(a) == list(b) and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
@@ -257,7 +265,9 @@ def test_a_failed_save_is_told_and_a_later_one_works(run, caplog):
         where.write_text("in the way")
         with caplog.at_level(logging.WARNING):
             failed = c.save(2, make(2.0))
-            with pytest.raises((InvalidError, UnavailableError, ExhaustedError), match="step 2 was not saved"):
+            with pytest.raises(
+                (InvalidError, UnavailableError, ExhaustedError), match="step 2 was not saved"
+            ):
                 failed.wait(timeout=170)
         assert any("the last good one is 1" in record.getMessage() for record in caplog.records)
         where.unlink()
@@ -342,7 +352,9 @@ def test_a_child_that_was_forked_is_no_rank(run):
 def test_a_writer_sees_the_end_of_its_rank_though_children_hold_the_channel(run, script):
     forks = _TRAIN.replace("if how != ", "if os.fork() == 0:\n    signal.pause()\nif how != ")
     training = script(forks, run, "", "wait")
-    child = until(lambda: [p for p in psutil.Process(training.process.pid).children() if "-c" in p.cmdline()], "fork")
+    child = until(
+        lambda: [p for p in psutil.Process(training.process.pid).children() if "-c" in p.cmdline()], "fork"
+    )
     writer = psutil.Process(int(training.expect("saved").split()[2]))
     training.kill()
     until(lambda: not writer.is_running() or writer.status() == psutil.STATUS_ZOMBIE, "the end of the writer")
@@ -380,7 +392,10 @@ def test_saves_wait_for_a_slot_and_say_so(run, caplog):
         try:
             with caplog.at_level(logging.WARNING):
                 waiting.start()
-                until(lambda: any("training waits at step 3" in r.getMessage() for r in caplog.records), "a warning")
+                until(
+                    lambda: any("training waits at step 3" in r.getMessage() for r in caplog.records),
+                    "a warning",
+                )
             assert not saved
         finally:
             writer.resume()
@@ -407,7 +422,9 @@ def test_no_slot_within_the_deadline_is_an_error(run):
 
 def test_close_leaves_nothing(run, tmp_path):
     def held():
-        descriptors = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _exists(fd)]
+        descriptors = [
+            os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _exists(fd)
+        ]
         ours = [d for d in descriptors if "resilience-arena" in d or "socket" in d or "eventfd" in d]
         mapped = "resilience-arena" in Path("/proc/self/maps").read_text()
         return len(ours), mapped, len(psutil.Process().children())
@@ -519,12 +536,17 @@ def test_the_command_line_shows_it(run):
     status = json.loads(call("status", name, "--json"))
     assert (status["phase"], status["checkpoint"]["step"]) == ("done", 3)
     assert "Checkpointer" in call("history", name)
-    assert [it["step"] for it in resilience.history(root, run=name).sql("SELECT step FROM checkpoints")] == [3]
+    assert [it["step"] for it in resilience.history(root, run=name).sql("SELECT step FROM checkpoints")] == [
+        3
+    ]
 
 
 def test_zarr_opens_it(run):
     with Checkpointer(run) as c:
-        c.save(3, make(1.5), ).wait()
+        c.save(
+            3,
+            make(1.5),
+        ).wait()
     group = resilience.open_checkpoint(run)
     assert (group["rank-0/w"][:] == 1.5).all()
 
@@ -537,5 +559,3 @@ def test_replicated_names_have_no_rank(run):
         c.restore(into=make())
         with pytest.raises(InvalidError, match="'v'"):
             c.save(4, make())
-
-

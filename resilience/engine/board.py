@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from resilience import errors
 from resilience.errors import InvalidError, ResilienceError, UnavailableError
 
-_CLASSES: dict[str, type[ResilienceError]] = {name: getattr(errors, name) for name in ("InvalidError", "CorruptError", "ExhaustedError")}
+_CLASSES: dict[str, type[ResilienceError]] = {
+    name: getattr(errors, name) for name in ("InvalidError", "CorruptError", "ExhaustedError")
+}
 
 
 @dataclass

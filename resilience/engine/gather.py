@@ -47,7 +47,8 @@ class Gatherer:
             return []
         found = self._read_all(names)
         seen.update(name for name, note in zip(names, found, strict=True) if note is not None)
-        return [note for note in found if note is not None]
+        # Nearer tiers first: they are what is waited for.
+        return sorted((note for note in found if note is not None), key=lambda note: (note.tier, note.rank))
 
     def forget(self, ref: CheckpointRef) -> None:
         self._seen.pop(ref, None)

@@ -43,7 +43,13 @@ class LocalWriter:
         nvme: str | None,
         emit: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._config: dict[str, Any] = {"run": run, "name": f"{node}/rank-{rank}", "nvme": nvme, "shared": shared, "env": {}}
+        self._config: dict[str, Any] = {
+            "run": run,
+            "name": f"{node}/rank-{rank}",
+            "nvme": nvme,
+            "shared": shared,
+            "env": {},
+        }
         self._meet = {
             "t": "meet",
             "node": node,

@@ -103,13 +103,16 @@ class Group:
         session = uuid.uuid4().hex
         self.world = world
         self.ranks = [
-            Checkpointer(url, rank=rank, world_size=world, session=session, **options) for rank in range(world)
+            Checkpointer(url, rank=rank, world_size=world, session=session, **options)
+            for rank in range(world)
         ]
 
     def each(self, call):
         """``call(rank, checkpointer)`` on all ranks at once; what they return, or the first error."""
         with ThreadPoolExecutor(self.world) as pool:
-            return [job.result(DEADLINE) for job in [pool.submit(call, i, c) for i, c in enumerate(self.ranks)]]
+            return [
+                job.result(DEADLINE) for job in [pool.submit(call, i, c) for i, c in enumerate(self.ranks)]
+            ]
 
     def save(self, step, states):
         return [c.save(step, state) for c, state in zip(self.ranks, states, strict=True)]

@@ -50,7 +50,7 @@ def test_every_rank_writes_its_own_and_waits_for_all(run, group):
 def test_nvme_first_by_receipts(run, group, tmp_path):
     g = group(2, nvme=tmp_path / "nvme")
     handles = g.save(1, [own(0, 1.0), own(1, 1.0)])
-    assert g.each(lambda rank, _c: handles[rank].wait()) == ["nvme"] * 2
+    assert g.each(lambda rank, _c: handles[rank].wait("nvme")) == ["nvme"] * 2
     assert g.each(lambda rank, _c: handles[rank].wait("shared")) == ["shared"] * 2
     g.close()
     shutil.rmtree(Path(run, "checkpoints"))
