@@ -27,7 +27,8 @@ from resilience.engine.gather import Gatherer
 from resilience.engine.notes import Failure, Receipt, leave
 from resilience.engine.pause import Pause
 from resilience.errors import FencedError, ResilienceError, UnavailableError
-from resilience.journal.state import LogState, candidates
+from resilience.journal.log import CommitLog
+from resilience.journal.state import LogState, candidates, fold
 from resilience.runtime.chronicle import Chronicle
 from resilience.runtime.logkeeper import LogKeeper
 from storage_backends.base import Storage
@@ -81,6 +82,9 @@ class Clerk:
             broken=self._break,
             near=nvme is not None,
         )
+        self._reader = CommitLog(
+            storage, new_id=lambda: uuid.uuid4().hex
+        )  # beside the keeper's, which is busy when storage is slow
         self._gather = Gatherer(storage)
         self._saves = saves.Saves()
         self._kept: tuple[retention.Kept, ...] = ()
@@ -278,9 +282,14 @@ class Clerk:
                 self._gather.forget(save.ref)
                 continue
             try:
+                # Other ranks may have seen a fence before us, and stopped: their parts would never come.
+                newest = fold(self._reader.refresh()).generation
+                if newest > self._saves.generation:
+                    self._lost(f"generation {newest}")
+                    return False
                 found = self._gather.look(save.ref, skip=self.rank)
             except ResilienceError:
-                return False  # storage is away, or a note is half there: the next look sees
+                return False  # storage is away: the next look sees
             for note in found:
                 news = True
                 self._on(self._noted(save.ref, note))

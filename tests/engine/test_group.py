@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine_helpers import damage, packs, until, writer_of
 
 from resilience import Checkpointer
 from resilience.checkpoint.shard import Shard
@@ -13,9 +14,15 @@ from resilience.errors import CorruptError, FencedError, InvalidError, Unavailab
 from resilience.journal.log import CommitLog
 from resilience.journal.state import fold
 from storage_backends import open_storage
-from tests.engine.conftest import damage, group, packs, run, until, writer_of  # noqa: F401
 
 LENGTH = 1000
+
+
+def failed(error, call, *args, **options):
+    """The error that a call raises; for threads."""
+    with pytest.raises(error) as caught:
+        call(*args, **options)
+    return caught
 
 
 def own(rank, value=0.0):
@@ -97,7 +104,7 @@ def test_no_rank_begins_from_scratch_over_damage(run, group):
     for handle in g.save(1, [own(0), own(1)]):
         handle.wait()
     damage(packs(run)[1])
-    found = g.each(lambda rank, c: pytest.raises(CorruptError, c.restore, into=own(rank)))
+    found = g.each(lambda rank, c: failed(CorruptError, c.restore, into=own(rank)))
     assert len(found) == 2
 
 
@@ -106,7 +113,7 @@ def test_a_state_that_does_not_fit_on_one_rank_stops_all(run, group):
     for handle in g.save(1, [own(0), own(1)]):
         handle.wait()
     states = [own(0), {"w": np.zeros(7), "n": 0}]
-    errors = g.each(lambda rank, c: pytest.raises(InvalidError, c.restore, into=states[rank]))
+    errors = g.each(lambda rank, c: failed(InvalidError, c.restore, into=states[rank]))
     assert "does not fit" in str(errors[1].value)
     assert "rank 1" in str(errors[0].value)
 
@@ -138,7 +145,7 @@ def test_a_failure_of_one_rank_is_told_to_all(run, group):
     # The pack of rank 1 cannot be put where a directory is.
     Path(run, "checkpoints/step-2-g1/rank-1.pack/in-the-way").mkdir(parents=True)
     handles = g.save(2, [own(0), own(1)])
-    errors = g.each(lambda rank, _c: pytest.raises(Exception, handles[rank].wait, timeout=100))
+    errors = g.each(lambda rank, _c: failed(Exception, handles[rank].wait, timeout=100))
     assert all("step 2 was not saved" in str(error.value) for error in errors)
     for handle in g.save(3, [own(0), own(1)]):
         assert handle.wait() == "shared"
@@ -165,7 +172,7 @@ def test_zombies_of_every_rank_are_fenced(run, group):
     writers = [writer_of(c) for c in old.ranks]
     new = group(2)
     handles = old.save(2, [own(0), own(1)])
-    errors = old.each(lambda rank, _c: pytest.raises(FencedError, handles[rank].wait))
+    errors = old.each(lambda rank, _c: failed(FencedError, handles[rank].wait))
     assert len(errors) == 2
     for writer in writers:
         until(lambda writer=writer: not writer.is_running(), "its end")

@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -12,13 +10,13 @@ import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
+from engine_helpers import damage, packs, until, writer_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import resilience
 from resilience import Checkpointer
 from resilience.errors import CorruptError, ExhaustedError, FencedError, InvalidError, UnavailableError
-from tests.engine.conftest import damage, packs, run, script, until, writer_of  # noqa: F401
 
 
 def make(value=0):
