@@ -81,7 +81,7 @@ def _array(draw):
     shape = tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
     raw = np.random.default_rng(draw(st.integers(0, 2**32))).bytes(int(np.prod(shape)) * 16 + 16)
     dtype = np.dtype(draw(st.sampled_from(_DTYPES)))
-    if dtype == bool:
+    if dtype.kind == "b":
         return (np.frombuffer(raw, np.uint8, int(np.prod(shape))) % 2).astype(bool).reshape(shape)
     return np.frombuffer(raw, dtype, int(np.prod(shape))).reshape(shape).copy()
 

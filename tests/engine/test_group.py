@@ -26,7 +26,7 @@ def failed(error, call, *args, **options):
 
 
 def own(rank, value=0.0):
-    return {"w": np.full(100, value + rank), "n": int(value)}
+    return {"w": np.full(100, float(value + rank)), "n": int(value)}
 
 
 def cuts(world):
