@@ -335,16 +335,29 @@ def test_a_forgotten_close_loses_nothing_and_does_not_hang(run, script, how):
         assert c.generation == 2
 
 
-def test_a_child_that_was_forked_is_no_rank(run):
-    with Checkpointer(run) as c:
-        child = os.fork()
-        if child == 0:
-            try:
-                c.save(1, make())
-            except InvalidError:
-                os._exit(17)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+_FORK = """
+import os, sys
+from resilience import Checkpointer, InvalidError
+c = Checkpointer(sys.argv[1])
+child = os.fork()
+if child == 0:
+    try:
+        c.save(1, {})
+    except InvalidError:
+        c.close()  # does nothing to the parent's
+        sys.exit(17)
+    sys.exit(0)
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+c.save(1, {"n": 1}).wait()
+print("saved", c.steps())
+"""
+
+
+def test_a_child_that_was_forked_is_no_rank(run, script):
+    forking = script(_FORK, run)
+    assert forking.expect("child") == "child 17"
+    assert forking.expect("saved") == "saved [1]"
+    assert forking.end() == 0
 
 
 def test_a_writer_sees_the_end_of_its_rank_though_children_hold_the_channel(run, script):
