@@ -19,7 +19,10 @@ def processes_of(run: str) -> list[str]:
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         command = process.info["cmdline"] or []
-        ours = any(part.startswith("resilience.runtime.") for part in command) and run in command
+        ours = (
+            any(part.startswith(("resilience.runtime.", "resilience.engine.")) for part in command)
+            and run in command
+        )
         if ours and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(f"{process.pid} {' '.join(command)}")
     return found

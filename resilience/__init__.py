@@ -26,9 +26,11 @@ from resilience.run import Run
 
 if TYPE_CHECKING:
     from resilience.checkpoint.store import open_checkpoint
+    from resilience.checkpointer import Checkpointer
     from resilience.runtime.report import report_fault
 
 __all__ = [
+    "Checkpointer",
     "CorruptError",
     "ExhaustedError",
     "FencedError",
@@ -51,6 +53,8 @@ def __getattr__(name: str) -> Any:
         return import_module("resilience.checkpoint.store").open_checkpoint
     if name == "report_fault":
         return import_module("resilience.runtime.report").report_fault
+    if name == "Checkpointer":
+        return import_module("resilience.checkpointer").Checkpointer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

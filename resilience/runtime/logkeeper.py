@@ -155,19 +155,19 @@ class LogKeeper:
         try:
             if tier == "shared":
                 self._describe_checkpoint(ref, command.parts)
-            record = self._log.append(
-                Kind.CHECKPOINT,
-                {
-                    "step": ref.step,
-                    "tier": tier,
-                    "world_size": len(command.parts),
-                    "parts": [
-                        {"rank": rank, "node": node, "name": name, "sha256": sha256}
-                        for rank, node, name, sha256 in command.parts
-                    ],
-                    "size": command.size,
-                },
-            )
+            body: dict[str, Any] = {
+                "step": ref.step,
+                "tier": tier,
+                "world_size": len(command.parts),
+                "parts": [
+                    {"rank": rank, "node": node, "name": name, "sha256": sha256}
+                    for rank, node, name, sha256 in command.parts
+                ],
+                "size": command.size,
+            }
+            if ref.generation != self._log.generation:  # of one whose writers have outlived it
+                body["generation"] = ref.generation
+            record = self._log.append(Kind.CHECKPOINT, body)
             self.state = fold(self._log.refresh())
         except FencedError as error:
             self._answer(e.FenceLost(time.monotonic(), str(error)))

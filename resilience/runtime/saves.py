@@ -182,6 +182,20 @@ class Saves:
             self._fail(True)
         return given_up
 
+    @property
+    def unsent(self) -> bool:
+        """Whether the writer has not been sent all that it was told."""
+        return self._writer is not None and self._writer[1].pending
+
+    def leave(self) -> subprocess.Popen[bytes] | None:
+        """Let go of the writer, which does what it was told and ends, if it is one that does; and of all memory."""
+        writer = self._writer
+        self._writer = None
+        if writer is not None:
+            writer[1].close()
+        self.close()
+        return writer[0] if writer is not None else None
+
     def close(self) -> None:
         """End the writer and let go of all memory."""
         if self._writer is not None:

@@ -81,42 +81,48 @@ class Writer:
     def serve(self) -> None:
         """Read orders for ever; two threads carry them out: one per tier, so that a slow shared store does not
         hold up the slots."""
+        self.start()
+        while True:
+            self.obey(*self._channel.receive())
+
+    def start(self) -> None:
         for loop in (self._persist_loop, self._drain_loop):
             threading.Thread(target=_or_die, args=(loop,), daemon=True).start()
-        while True:
-            message, fds = self._channel.receive()
-            kind = message["t"]
-            if kind == "open":
-                self._nvme = open_storage(message["nvme"], tell=self._warn) if message["nvme"] else None
-                self._shared = open_storage(message["shared"], tell=self._warn, on_retry=self._retried)
-                self._pace = Pace(message.get("drain_rate"))
-            elif kind == "arm":
-                self._failpoints = Failpoints(message["failpoints"], self._fire)
-            elif kind == "arena":
-                self._arenas[tuple(message["key"])] = Arena.attach(fds[0])
-            elif kind == "forget":
-                self._forgotten.add(tuple(message["key"]))
-                self._persist.put(tuple(message["key"]))
-            elif kind in ("persist", "follow"):
-                self._persist.put(
-                    _Job(
-                        rank=message["rank"],
-                        generation=message["generation"],
-                        step=message["step"],
-                        arena=tuple(message["key"]),
-                        slot=message["slot"],
-                        part=message["part"],
-                        attempt=message.get("attempt"),
-                    )
+
+    def obey(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Take one order."""
+        kind = message["t"]
+        if kind == "open":
+            self._nvme = open_storage(message["nvme"], tell=self._warn) if message["nvme"] else None
+            self._shared = open_storage(message["shared"], tell=self._warn, on_retry=self._retried)
+            self._pace = Pace(message.get("drain_rate"))
+        elif kind == "arm":
+            self._failpoints = Failpoints(message["failpoints"], self._fire)
+        elif kind == "arena":
+            self._arenas[tuple(message["key"])] = Arena.attach(fds[0])
+        elif kind == "forget":
+            self._forgotten.add(tuple(message["key"]))
+            self._persist.put(tuple(message["key"]))
+        elif kind in ("persist", "follow"):
+            self._persist.put(
+                _Job(
+                    rank=message["rank"],
+                    generation=message["generation"],
+                    step=message["step"],
+                    arena=tuple(message["key"]),
+                    slot=message["slot"],
+                    part=message["part"],
+                    attempt=message.get("attempt"),
                 )
-            elif kind == "drain":
-                self._drain.put(_Job(message["rank"], message["generation"], message["step"]))
-            elif kind == "release":
-                arena = self._arenas[tuple(message["key"])]
-                if _holds(arena, message["slot"], message["step"], message["generation"]):
-                    arena.release(message["slot"])
-            elif kind == "injected":
-                self._replies.put(None)
+            )
+        elif kind == "drain":
+            self._drain.put(_Job(message["rank"], message["generation"], message["step"]))
+        elif kind == "release":
+            arena = self._arenas[tuple(message["key"])]
+            if _holds(arena, message["slot"], message["step"], message["generation"]):
+                arena.release(message["slot"])
+        elif kind == "injected":
+            self._replies.put(None)
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._sending:
