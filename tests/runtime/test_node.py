@@ -1,5 +1,6 @@
 """A node's processes, all of them real: what they report, and that none outlives its reason to be."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -292,10 +293,11 @@ def test_close_before_start_leaves_nothing(tmp_path, make_node):
     from resilience.runtime.node import NodeProcesses
 
     started = make_node()
+    gc.collect()  # what tests before this one left in cycles
     before = set(os.listdir("/proc/self/fd"))
     idle = NodeProcesses(started.config, started.outputs, lambda seen: None)
     idle.close()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_node_whose_loop_dies_says_so_and_ends_its_processes(node):
