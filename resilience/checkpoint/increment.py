@@ -113,8 +113,8 @@ def check_trained(base: Base, draft: Part, same: Collection[int], trained: Itera
     if not numbers or any(number not in same for number in numbers):
         return
     raise CorruptError(
-        f"the snapshot of step {draft.step} is stale: all {len(numbers)} chunks of the optimizer's state hold the bytes "
-        f"of step {base.draft.step}",
+        f"the snapshot of step {draft.step} is stale: all {len(numbers)} chunks of the optimizer's state hold "
+        f"the bytes of step {base.draft.step}",
         operation="persist",
         path=draft.pack_name,
         step=draft.step,
