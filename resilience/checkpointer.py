@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from resilience.checkpoint.plan import Plan, plan
+from resilience.checkpoint.trained import Trained
 from resilience.engine import session as sessions
 from resilience.engine.board import Board, SaveHandle
 from resilience.engine.clerk import Clerk
@@ -212,6 +213,7 @@ class Checkpointer:
         self._there = bool(there)
         tiers = ("shared",) if self._near is None else ("nvme", "shared")
         self._board = Board(tiers, step=there[0].ref.step if there else None)
+        self._trained = Trained()
         self._slots = Slots(generation=self.generation, rank=given.rank, hand_over=self._writer.arena)
         table = Table(
             self._shared,
@@ -295,6 +297,8 @@ class Checkpointer:
             step=step,
             threads=given.threads,
             deadline=given.deadline,
+            trained=self._trained.since(objects_of(state)),
+            copying=lambda told: self._writer.copying(self._slots.key, told),
             slow=lambda: self._office.warn(
                 f"training waits at step {step}: every slot still waits for storage"
             ),

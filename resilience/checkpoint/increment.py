@@ -73,19 +73,26 @@ def link_of(base: Base, pack: int) -> Link:
     return Link(link_name(base.part.rank, base.part.step, base.part.generation), base.part.size)
 
 
-def assemble(draft: Part, crcs: Sequence[int], kept: Collection[int] = (), base: Base | None = None) -> Part:
-    """The part of a snapshot: chunk ``kept`` in packs of ``base``, the others one after the other in its own."""
+def assemble(
+    draft: Part, sums: Sequence[tuple[int, bytes]], kept: Collection[int] = (), base: Base | None = None
+) -> Part:
+    """The part of a snapshot: the chunks ``kept`` in packs of ``base``, the others one after the other in its own.
+
+    Args:
+        sums: of each chunk, its CRC32C and running CRCs.
+    """
     if base is None or not kept:
-        return draft.with_crcs(list(crcs))
+        return draft.with_crcs([crc for crc, _ in sums], [running for _, running in sums])
     old = before(base)
     order = sorted({old[number].pack for number in kept})
     index = {pack: place for place, pack in enumerate(order, 1)}
     chunks, offset = [], 0
-    for number, (chunk, crc) in enumerate(zip(draft.chunks, crcs, strict=True)):
+    for number, (chunk, (crc, running)) in enumerate(zip(draft.chunks, sums, strict=True)):
+        chunk = replace(chunk, crc32c=crc, running=running)
         if number in kept:
-            chunks.append(replace(chunk, crc32c=crc, pack=index[old[number].pack], offset=old[number].offset))
+            chunks.append(replace(chunk, pack=index[old[number].pack], offset=old[number].offset))
         else:
-            chunks.append(replace(chunk, crc32c=crc, offset=offset))
+            chunks.append(replace(chunk, offset=offset))
             offset += align(chunk.length + CRC_BYTES)
     return replace(
         draft,
@@ -103,13 +110,14 @@ def check_trained(base: Base, draft: Part, same: Collection[int], trained: Itera
 
     Args:
         same: numbers of the chunks whose bytes are those of ``base``.
-        trained: keys of the arrays that an optimizer changes whenever it steps.
+        trained: names above the arrays that have been trained since ``base``.
 
     Raises:
         CorruptError: all chunks of those arrays, and at least one, are the bytes of the earlier step.
     """
-    names = set(trained)
-    numbers = [n for n, chunk in enumerate(draft.chunks) if draft.key(draft.arrays[chunk.array]) in names]
+    above = tuple(f"{name}/" for name in trained)
+    keys = [f"{draft.key(draft.arrays[chunk.array])}/" for chunk in draft.chunks]
+    numbers = [number for number, key in enumerate(keys) if key.startswith(above)] if above else []
     if not numbers or any(number not in same for number in numbers):
         return
     raise CorruptError(

@@ -1,30 +1,42 @@
-"""Persisting: a sealed slot becomes a pack and a part in storage; a pack is copied from tier to tier.
+"""Persisting: a sealed slot becomes a pack and a part in storage.
 
 Owns the order pack durable -> part durable, and the CRC32C in the four bytes after every payload. The bytes
-in memory, in the file and in the object are the same. Must never write a part whose pack is not whole, nor
-touch a pack that a part already vouches for.
+in memory, in the file and in the object are the same; chunks that have not changed since the save before are linked
+instead. Must never write a part whose packs are not whole, nor touch a pack that a part already vouches for.
 """
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import google_crc32c
 import numpy as np
 
 from resilience.checkpoint.follow import Sealed, Source
+from resilience.checkpoint.increment import (
+    Base,
+    assemble,
+    before,
+    check_trained,
+    comparable,
+    link_of,
+    offered,
+)
 from resilience.checkpoint.part import CRC_BLOCK, Part, PartChunk, pack_name, part_name, sha256
-from resilience.checkpoint.plan import CRC_BYTES
-from resilience.errors import CorruptError, InvalidError
-from storage_backends.base import Storage
+from resilience.checkpoint.plan import ALIGN
+from resilience.errors import CorruptError, InvalidError, ResilienceError
+from storage_backends.base import Sink, Storage
 
 _WRITE = 4 << 20  # bytes gathered before a write, chunks permitting
-_READ = 64 << 20  # bytes asked for at once when copying, chunks permitting
 _CRC = struct.Struct("<I")
 _HINT = "restore an older checkpoint; `resilience verify` lists the damaged ones"
+_memcmp = ctypes.CDLL(None).memcmp  # called without the interpreter's lock
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 Failpoint = Callable[[str], None]
 
 
@@ -35,14 +47,33 @@ class PersistResult:
     Attributes:
         part_name: object name of the part, relative to the storage root.
         sha256: of the part's bytes, hexadecimal.
-        size: bytes of the pack.
+        size: bytes of the pack: of what was written.
         seconds: it took.
+        part: as it is in storage.
+        base: what the rank's next save may be compared with; ``None`` of a copy.
     """
 
     part_name: str
     sha256: str
     size: int
     seconds: float
+    part: Part
+    base: Base | None = None
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The rank's save before in the same storage, while its snapshot is still in memory.
+
+    Attributes:
+        base: what it left.
+        view: its slot.
+        whole: whether the slot still holds it: its rank may take it at any moment.
+    """
+
+    base: Base
+    view: memoryview
+    whole: Callable[[], bool]
 
 
 def crc32c(data: bytes | memoryview, before: int = 0) -> int:
@@ -58,6 +89,8 @@ def persist(
     directory: str,
     *,
     source: Source = Sealed(),  # noqa: B008 - it has no state
+    earlier: Earlier | None = None,
+    trained: Collection[str] = (),
     failpoint: Failpoint = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> PersistResult:
@@ -68,10 +101,13 @@ def persist(
         part: the draft that belongs to it.
         directory: of the checkpoint, from ``part.directory()``.
         source: says how far the slot may be read, where it is not sealed yet. Nothing is published before it is.
+        earlier: the rank's save before: what has not changed since is linked, not written again.
+        trained: names above the arrays that have been trained since the save before.
         failpoint: called with ``pack.chunk`` after each chunk, ``pack.done``, ``part.done``.
 
     Raises:
         InvalidError: the part exists already with other contents: this step was saved before, differently.
+        CorruptError: the snapshot is stale: none of ``trained`` has changed since ``earlier``. Nothing is visible.
         UnavailableError, ExhaustedError: of the storage. No part is visible then, or it is whole.
         Torn: of ``source``. Nothing is visible.
     """
@@ -80,46 +116,151 @@ def persist(
     try:
         there = storage.read(name)
     except FileNotFoundError:
-        data = _stream(view, part, storage, directory, source, failpoint)
+        older = _Older(earlier, part, storage, directory)
+        base = _stream(view, part, storage, directory, source, older, trained, failpoint)
+        data = base.part.encode()
         failpoint("pack.done")
         _create(storage, name, data)
     else:
         # Saved before: by this writer's predecessor, which died before it could tell, or by a mistake.
         source.sealed()
-        data = _with_crcs(part, [_checksum(view, chunk, source) for chunk in part.chunks]).encode()
-        if there != data:
-            raise _taken(name)
+        mine = assemble(part, [_checksum(view, chunk, source) for chunk in part.chunks])
+        base, data = Base(part, Part.decode(there, path=name)), there
+        if _contents(base.part) != _contents(mine):
+            raise taken(name)
     failpoint("part.done")
-    return PersistResult(name, sha256(data), part.size, clock() - begun)
+    return PersistResult(name, sha256(data), base.part.size, clock() - begun, base.part, base)
 
 
 def _stream(
-    view: memoryview, part: Part, storage: Storage, directory: str, source: Source, failpoint: Failpoint
-) -> bytes:
-    """Write the pack, computing CRCs on the way; returns the part's bytes. Durable when it returns."""
-    crcs = []
-    with storage.sink(pack_name(directory, part.rank), part.size) as sink:
-        written = 0
-
-        def hand_over(end: int) -> None:
-            """Many small chunks in one write; of a large one, what is summed is on its way while the rest is."""
-            nonlocal written
-            if end - written >= _WRITE or end == part.size:
-                sink.write(view[written:end])
-                written = end
-
-        for number, (_, end) in enumerate(_pieces(part)):
+    view: memoryview,
+    part: Part,
+    storage: Storage,
+    directory: str,
+    source: Source,
+    older: _Older,
+    trained: Collection[str],
+    failpoint: Failpoint,
+) -> Base:
+    """Write the pack, computing CRCs on the way. Durable when it returns."""
+    sums: list[tuple[int, bytes]] = []
+    kept, same = set(), set()
+    with storage.sink(pack_name(directory, part.rank), max(part.size - older.expected(), ALIGN)) as sink:
+        gather = _Gather(view, sink)
+        for number, (start, end) in enumerate(_pieces(part)):
             if part.chunks:
-                crcs.append(_checksum(view, part.chunks[number], source, hand_over))
+                # What may be left out is looked at as a whole before any of it is written.
+                likely = older.offers(number)
+                sums.append(_checksum(view, part.chunks[number], source, _ignore if likely else gather.upto))
+                if older.unchanged(number, sums[-1]):
+                    same.add(number)
+                    if likely and older.take(view, number):
+                        kept.add(number)
+                        gather.skip(start, end)
             source.until(end)
-            hand_over(end)
+            gather.upto(end)
             failpoint("pack.chunk")
+        gather.finish()
         source.sealed()
-    return _with_crcs(part, crcs).encode()
+        if older.base is not None:
+            check_trained(older.base, part, same, trained)
+    return Base(part, assemble(part, sums, kept, older.base), frozenset(same))
 
 
-def _with_crcs(part: Part, sums: Sequence[tuple[int, bytes]]) -> Part:
-    return part.with_crcs([crc for crc, _ in sums], [running for _, running in sums])
+def _ignore(end: int) -> None:
+    return None
+
+
+class _Gather:
+    """Hands the slot to the sink in few pieces: many small chunks in one; of a large one, what is summed is on its
+    way while the rest is."""
+
+    def __init__(self, view: memoryview, sink: Sink) -> None:
+        self._view, self._sink = view, sink
+        self._from = self._to = 0  # summed and not handed over
+        self._any = False
+
+    def upto(self, end: int) -> None:
+        self._to = max(end, self._from)
+        if self._to - self._from >= _WRITE:
+            self._hand_over()
+
+    def skip(self, start: int, end: int) -> None:
+        self._to = start
+        self._hand_over()
+        self._from = self._to = end
+
+    def finish(self) -> None:
+        self._hand_over()
+        if not self._any:
+            self._sink.write(bytes(ALIGN))  # a pack is never empty
+
+    def _hand_over(self) -> None:
+        if self._to > self._from:
+            self._sink.write(self._view[self._from : self._to])
+            self._any = True
+        self._from = self._to
+
+
+class _Older:
+    """What of the save before can be named again. Without one: nothing."""
+
+    def __init__(self, earlier: Earlier | None, draft: Part, storage: Storage, directory: str) -> None:
+        usable = earlier is not None and comparable(earlier.base, draft)
+        self._earlier = earlier if usable else None
+        self.base = earlier.base if earlier is not None and usable else None
+        self._storage, self._directory = storage, directory
+        self._draft = draft
+        self._chunks = [] if self.base is None else before(self.base)
+        self._packs = frozenset() if self.base is None else offered(self.base)
+        self._links: dict[int, bool] = {}  # packs that were asked for: whether they have their new name
+
+    def expected(self) -> int:
+        """Bytes that will not have to be written, as far as can be known."""
+        same = () if self.base is None else self.base.same
+        return sum(self._chunks[number].length for number in same if self.offers(number))
+
+    def offers(self, number: int) -> bool:
+        return bool(self._chunks) and self._chunks[number].pack in self._packs
+
+    def unchanged(self, number: int, summed: tuple[int, bytes]) -> bool:
+        """Whether the checksums say so. They are no proof."""
+        return bool(self._chunks) and (self._chunks[number].crc32c, self._chunks[number].running) == summed
+
+    def take(self, view: memoryview, number: int) -> bool:
+        """Have the chunk's bytes, seen to be the same, under the new checkpoint's name. False: write them."""
+        assert self._earlier is not None and self.base is not None
+        chunk = self._draft.chunks[number]
+        end = chunk.offset + chunk.length
+        if not _equal(view[chunk.offset : end], self._earlier.view[chunk.offset : end]):
+            return False
+        pack = self._chunks[number].pack
+        # Asked last: had the rank taken the slot in the middle of the comparison, it would have proved nothing.
+        return self._earlier.whole() and self._link(pack)
+
+    def _link(self, pack: int) -> bool:
+        if pack not in self._links:
+            assert self.base is not None
+            name = self.base.part.packs[pack][0]
+            target = f"{self._directory}/{link_of(self.base, pack).name}"
+            try:
+                self._links[pack] = self._storage.link(name, target)
+            except (ResilienceError, FileNotFoundError):
+                self._links[pack] = (
+                    False  # it was removed meanwhile, or the store stumbles: the bytes are here
+                )
+        return self._links[pack]
+
+
+def _equal(one: memoryview, other: memoryview) -> bool:
+    pointers = [np.frombuffer(view, np.uint8).__array_interface__["data"][0] for view in (one, other)]
+    return bool(_memcmp(*pointers, len(one)) == 0)
+
+
+def _contents(part: Part) -> Any:
+    """What a part says, whichever files hold it."""
+    chunks = sorted((c.array, c.box_offset, c.box_shape, c.length, c.crc32c, c.running) for c in part.chunks)
+    return (part.run, part.step, part.generation, part.plan_hash, part.arrays, part.state, chunks)
 
 
 def _checksum(
@@ -142,98 +283,6 @@ def _checksum(
     return crc, struct.pack(f"<{max(len(running), 1) - 1}I", *running[:-1])
 
 
-def copy(
-    source: Storage,
-    target: Storage,
-    directory: str,
-    rank: int,
-    *,
-    pace: Callable[[int], None] = lambda count: None,
-    failpoint: Failpoint = lambda _: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> PersistResult:
-    """Copy a rank's pack and part to another tier, verifying every chunk on the way.
-
-    ``pace`` is called with the length of each piece, and may take its time (see ``pace``); ``failpoint`` with
-    ``drain.chunk`` after each piece and ``drain.done``.
-
-    Raises:
-        CorruptError: the source is damaged; names file and byte range. Nothing is visible in the target.
-        FileNotFoundError: the source has no such part (any more).
-    """
-    begun = clock()
-    name = part_name(directory, rank)
-    data = source.read(name)
-    part = Part.decode(data, path=name)
-    if part.name != name:
-        raise CorruptError(
-            f"part {name} says it is {part.name}",
-            operation="drain",
-            path=name,
-            start=0,
-            end=len(data),
-            hint=_HINT,
-        )
-    if not _holds(target, name, data):
-        with target.sink(part.pack_name, part.size) as sink:
-            for _, block in read_checked(source, part):
-                sink.write(block)
-                pace(len(block))
-                failpoint("drain.chunk")
-        _create(target, name, data)
-    failpoint("drain.done")
-    return PersistResult(name, sha256(data), part.size, clock() - begun)
-
-
-def read_checked(storage: Storage, part: Part) -> Iterator[tuple[int, bytes]]:
-    """The bytes of a pack in order, as ``(offset, block)``, each chunk verified before its block is yielded.
-
-    Raises:
-        CorruptError: missing or truncated pack, or a chunk whose CRC32C is wrong.
-    """
-    check_size(storage, part)
-    pieces = list(_pieces(part))
-    chunks = iter(part.chunks)
-    while pieces:
-        start, end = pieces.pop(0)
-        count = 1
-        while pieces and pieces[0][1] - start <= _READ:
-            end = pieces.pop(0)[1]
-            count += 1
-        block = read_range(storage, part.pack_name, start, end)
-        for chunk in (next(chunks) for _ in range(count if part.chunks else 0)):
-            check_chunk(part, block, chunk.offset - start, chunk.length, chunk.offset, chunk.crc32c)
-        yield start, block
-
-
-def check_size(storage: Storage, part: Part) -> None:
-    """``CorruptError`` unless the pack is there and as long as its part says."""
-    try:
-        size = storage.size(part.pack_name)
-    except FileNotFoundError as error:
-        raise CorruptError(
-            f"pack {part.pack_name} is missing",
-            operation="read pack",
-            path=part.pack_name,
-            start=0,
-            end=part.size,
-            step=part.step,
-            generation=part.generation,
-            hint=_HINT,
-        ) from error
-    if size != part.size:
-        raise CorruptError(
-            f"pack {part.pack_name} has {size:,} bytes, not {part.size:,}",
-            operation="read pack",
-            path=part.pack_name,
-            start=min(size, part.size),
-            end=max(size, part.size),
-            step=part.step,
-            generation=part.generation,
-            hint=_HINT,
-        )
-
-
 def read_range(storage: Storage, name: str, start: int, end: int) -> bytes:
     """Bytes ``start:end``, all of them, or ``CorruptError``."""
     try:
@@ -252,53 +301,19 @@ def read_range(storage: Storage, name: str, start: int, end: int) -> bytes:
     return block
 
 
-def check_chunk(part: Part, block: bytes | memoryview, at: int, length: int, offset: int, crc: int) -> None:
-    """Verify the payload at ``at`` in ``block`` and the CRC field after it against the part.
-
-    ``offset`` is where the payload lies in the pack.
-    """
-    payload = memoryview(block)[at : at + length]
-    found = crc32c(payload)
-    (stored,) = _CRC.unpack_from(block, at + length)
-    if found == crc == stored:
-        return
-    damaged = "its payload" if found != crc else "the CRC field after it"
-    raise CorruptError(
-        f"pack {part.pack_name} is damaged: the chunk at bytes {offset:,} to {offset + length:,} does not "
-        f"have the CRC32C {crc:08x} that its part records ({damaged} has changed)",
-        operation="read pack",
-        path=part.pack_name,
-        start=offset,
-        end=offset + length + CRC_BYTES,
-        step=part.step,
-        generation=part.generation,
-        hint=_HINT,
-    )
-
-
 def _pieces(part: Part) -> Iterator[tuple[int, int]]:
     """Byte ranges that make up the pack: each chunk with all up to the next, or the page of an empty one."""
     starts = [0, *(chunk.offset for chunk in part.chunks[1:])]
     yield from zip(starts, [*starts[1:], part.size], strict=True)
 
 
-def _holds(storage: Storage, name: str, data: bytes) -> bool:
-    """Whether this very part is there: then so is its pack, and there is nothing left to do."""
-    try:
-        found = storage.read(name)
-    except FileNotFoundError:
-        return False
-    if found != data:
-        raise _taken(name)
-    return True
-
-
 def _create(storage: Storage, name: str, data: bytes) -> None:
     if storage.create(name, data) is not None:
-        raise _taken(name)
+        raise taken(name)
 
 
-def _taken(name: str) -> InvalidError:
+def taken(name: str) -> InvalidError:
+    """The error of a part that exists already, and is another."""
     return InvalidError(
         f"{name} exists with other contents: this step was saved before in this generation",
         operation="persist",

@@ -98,6 +98,12 @@ class Link:
     name: str
     size: int
 
+    @property
+    def origin(self) -> str:
+        """Object name of the pack where it was written."""
+        rank, _, where = self.name.removesuffix(".pack").partition(".from-")
+        return f"checkpoints/{where}/{rank}.pack"
+
 
 @dataclass(frozen=True)
 class Part:

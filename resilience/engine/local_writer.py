@@ -87,6 +87,14 @@ class LocalWriter:
             self._saves.arena(key, os.dup(fd))
         self._nudge()
 
+    def copying(self, key: ArenaKey, told: dict[str, Any]) -> None:
+        """A slot is being filled: the writer may begin. Only a head start."""
+        with self._lock:
+            if self._ending:
+                return
+            self._saves.copying(key, told)
+        self._nudge()
+
     def sealed(self, key: ArenaKey, seal: dict[str, Any], *, deadline: float) -> None:
         """Have a sealed slot persisted. Returns when the writer has been sent all that takes.
 

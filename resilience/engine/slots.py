@@ -6,7 +6,8 @@ Owns the arena as the rank sees it. Used from one thread at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from resilience.checkpoint.arena import Arena
@@ -56,20 +57,39 @@ class Slots:
         step: int,
         threads: int,
         deadline: float,
+        trained: Sequence[str],
+        copying: Callable[[dict[str, Any]], None],
         slow: Callable[[], None],
         broken: Callable[[], ResilienceError | None],
     ) -> dict[str, Any]:
         """Take a snapshot into a free slot and seal it; what the writer has to be told of it.
 
         Args:
+            trained: see ``checkpoint.trained``.
+            copying: called with what the writer may be told while the copy goes on.
             slow: called once when no slot is free for a second.
             broken: why none will ever be, if that is so.
         """
         arena = self.prepare(layout)
         slot = self._acquire(arena, step, deadline, slow, broken)
-        snapshot(arena, slot, arrays, layout, step=step, generation=self._generation, threads=threads)
-        part = draft(layout, skeleton, run=run, step=step, generation=self._generation)
-        return {"slot": slot, "step": step, "part": part.to_json()}
+
+        @cache
+        def order() -> dict[str, Any]:
+            """Made while the copy goes on, if that takes a while."""
+            part = draft(layout, skeleton, run=run, step=step, generation=self._generation)
+            return {"slot": slot, "step": step, "part": part.to_json(), "trained": list(trained)}
+
+        snapshot(
+            arena,
+            slot,
+            arrays,
+            layout,
+            step=step,
+            generation=self._generation,
+            threads=threads,
+            announce=lambda attempt: copying({**order(), "attempt": attempt}),
+        )
+        return order()
 
     def _acquire(
         self,

@@ -23,8 +23,9 @@ from resilience.cards.probe import VISIBLE, devices, open_probe
 from resilience.cards.simulated import SimulatedCards
 from resilience.cards.watch import HealthWatch
 from resilience.checkpoint import retention
+from resilience.checkpoint.part import Part
 from resilience.control.types import CheckpointRef
-from resilience.errors import ResilienceError
+from resilience.errors import CorruptError, ResilienceError
 from resilience.runtime.node import NodeProcesses
 from resilience.runtime.output import Outputs
 from storage_backends import open_storage
@@ -162,7 +163,8 @@ class NodeAgent:
     def _fetch(self, wanted: list[dict[str, Any]]) -> str | None:
         """Copy packs and parts of peers into our own nvme tier. What went wrong, ``None`` if nothing did."""
         ours = open_storage(self._config["nvme"])
-        for item in wanted:
+        wanted = list(wanted)
+        for item in wanted:  # grows on the way: a part names older packs
             size, read = (
                 getattr(item["peer"], name).options(concurrency_group="read") for name in ("size", "read")
             )
@@ -174,8 +176,11 @@ class NodeAgent:
                         sink.write(
                             ray.get(read.remote(name, start, min(length, start + _BLOCK)), timeout=_PEER_S)
                         )
-            except FileNotFoundError:
-                continue  # lost for good: the restore finds it missing, and names it
+                if name.endswith(".json"):
+                    part = Part.decode(ours.read(name), path=name)
+                    wanted += [{**item, "name": pack} for pack, _size in part.packs[1:]]
+            except (FileNotFoundError, CorruptError):
+                continue  # lost for good: the restore finds it missing or damaged, and names it
             except (ray.exceptions.RayError, ResilienceError, OSError) as error:
                 return f"{name} could not be fetched from a peer: {type(error).__name__}: {error}"[:500]
         return None

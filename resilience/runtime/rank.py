@@ -25,6 +25,7 @@ from resilience.checkpoint.part import draft
 from resilience.checkpoint.plan import Plan, plan
 from resilience.checkpoint.restore import Checkpoint, Source
 from resilience.checkpoint.snapshot import snapshot, specs_of
+from resilience.checkpoint.trained import Trained
 from resilience.checkpoint.tree import flatten
 from resilience.errors import CorruptError, ExhaustedError, UnavailableError
 from resilience.run import Interrupted, Run
@@ -150,6 +151,7 @@ class RankHost:
         self._arena_id = 0
         self._plan: Plan | None = None
         self._saved = -1
+        self._trained = Trained()
         self._behind = False  # the last save found no slot
         self._done = 0
         self._total: int | None = None
@@ -289,6 +291,7 @@ class RankHost:
             self._flush()  # what was logged up to a checkpoint is as safe as the checkpoint
             self._reach("snapshot.begin", done)
             arrays, skeleton = flatten(capture(), prefix="")
+            trained = self._trained.since(objects)
             layout = plan(
                 specs_of(arrays, objects, rank=self.rank), rank=self.rank, world_size=self.world_size
             )
@@ -312,6 +315,7 @@ class RankHost:
                         "attempt": attempt,
                         "step": done,
                         "part": part(),
+                        "trained": trained,
                     }
                 )
 
@@ -337,6 +341,7 @@ class RankHost:
                 "stall_s": stall,
                 "size": layout.size,
                 "part": part(),
+                "trained": trained,
             }
         )
         self._reach("snapshot.sealed", done)

@@ -21,9 +21,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from resilience.checkpoint import pack
+from resilience.checkpoint import drain, pack
 from resilience.checkpoint.arena import Arena, SlotKind
 from resilience.checkpoint.follow import Following, Sealed, Source, Torn
+from resilience.checkpoint.increment import Base
 from resilience.checkpoint.pace import Pace
 from resilience.checkpoint.part import Part, directory
 from resilience.errors import ResilienceError
@@ -59,6 +60,17 @@ class _Job:
     slot: int = 0
     part: dict[str, Any] | None = None
     attempt: int | None = None  # of the copy to follow; None: the slot is sealed
+    trained: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Last:
+    """A rank's last save in a tier, and which attempt at which slot it was made from."""
+
+    base: Base
+    arena: tuple[int, int, int]
+    slot: int
+    attempt: int
 
 
 class Writer:
@@ -71,6 +83,8 @@ class Writer:
         self._persist: queue.SimpleQueue[_Job | tuple[int, int, int]] = queue.SimpleQueue()
         # What a head start has made durable, until the order for it comes.
         self._ahead: dict[tuple[tuple[int, int, int], int, int], tuple[str, pack.PersistResult]] = {}
+        self._last: dict[tuple[int, str], _Last] = {}  # by rank and tier
+        self._drained: dict[int, Part] = {}  # what was copied last, by rank
         self._drain: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._nvme: Storage | None = None
@@ -113,6 +127,7 @@ class Writer:
                     slot=message["slot"],
                     part=message["part"],
                     attempt=message.get("attempt"),
+                    trained=tuple(message.get("trained", ())),
                 )
             )
         elif kind == "drain":
@@ -229,14 +244,32 @@ class Writer:
     def _write(
         self, job: _Job, arena: Arena, part: Part, storage: Storage, tier: str, source: Source
     ) -> pack.PersistResult:
-        return pack.persist(
+        attempt = arena.state(job.slot).attempt
+        result = pack.persist(
             arena.view(job.slot),
             part,
             storage,
             directory(job.step, job.generation),
             source=source,
+            earlier=self._earlier(job.rank, tier),
+            trained=job.trained,
             failpoint=self._reach(job, tier),
         )
+        assert result.base is not None
+        self._last[job.rank, tier] = _Last(result.base, job.arena or (0, 0, 0), job.slot, attempt)
+        return result
+
+    def _earlier(self, rank: int, tier: str) -> pack.Earlier | None:
+        """The rank's last save in this tier, if its snapshot is still in memory."""
+        last = self._last.get((rank, tier))
+        arena = self._arenas.get(last.arena) if last is not None else None
+        if last is None or arena is None:
+            return None
+
+        def whole() -> bool:
+            return arena.state(last.slot).attempt == last.attempt
+
+        return pack.Earlier(last.base, arena.view(last.slot), whole) if whole() else None
 
     def _saved(self, job: _Job, tier: str, result: pack.PersistResult) -> None:
         self._done(job, tier, result)
@@ -249,11 +282,12 @@ class Writer:
             job = self._drain.get()
             assert self._nvme is not None and self._shared is not None
             try:
-                result = pack.copy(
+                result = drain.copy(
                     self._nvme,
                     self._shared,
                     directory(job.step, job.generation),
                     job.rank,
+                    earlier=self._drained.get(job.rank),
                     pace=self._pace,
                     failpoint=self._reach(job, "shared"),
                 )
@@ -264,6 +298,7 @@ class Writer:
             except ResilienceError as error:
                 self._failed(job, "shared", error)
             else:
+                self._drained[job.rank] = result.part
                 self._done(job, "shared", result)
 
     def _done(self, job: _Job, tier: str, result: pack.PersistResult) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from resilience.checkpoint import follow, pack
+from resilience.checkpoint import drain, follow, pack
 from resilience.checkpoint.arena import Arena
 from resilience.checkpoint.follow import Following, Torn
 from resilience.checkpoint.part import Part, directory, draft
@@ -158,7 +158,7 @@ def test_what_is_persisted_while_it_is_copied_is_the_snapshot(arena: Arena, tmp_
         snapshot(arena, slot, rank.arrays, rank.layout, step=7, generation=1, announce=announce)
         threads[0].join(30)
         part = Part.decode(storage.read(found[0].part_name), path="p")
-        data = b"".join(block for _, block in pack.read_checked(storage, part))
+        data = b"".join(block for _, block in drain.read_checked(storage, part))
         for chunk in part.chunks:
             key = part.arrays[chunk.array].name.removeprefix("rank-0/")
             assert data[chunk.offset : chunk.offset + chunk.length] == rank.state[key].tobytes(), (

@@ -11,7 +11,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from resilience.checkpoint import pack
+from resilience.checkpoint import drain, pack
 from resilience.checkpoint.arena import Arena
 from resilience.checkpoint.part import Part, directory, draft
 from resilience.checkpoint.plan import plan, specs
@@ -126,20 +126,20 @@ def test_a_rank_that_owns_nothing_still_has_a_pack(
     assert storage.read(f"{WHERE}/rank-0.pack") == bytes(4096)
     assert result.size == 4096
     twin = open_storage("memory://empty-pack")
-    assert pack.copy(storage, twin, WHERE, 0).sha256 == result.sha256
+    assert drain.copy(storage, twin, WHERE, 0).sha256 == result.sha256
 
 
 def test_draining_copies_the_same_bytes(sealed: Sealed, storage: Storage, tmp_path: Path) -> None:
     saved = pack.persist(sealed.view, sealed.part, storage, WHERE)
     target = open_storage(str(tmp_path / "shared"))
     points: list[str] = []
-    copied = pack.copy(storage, target, WHERE, 0, failpoint=points.append)
+    copied = drain.copy(storage, target, WHERE, 0, failpoint=points.append)
     assert (copied.part_name, copied.sha256, copied.size) == (saved.part_name, saved.sha256, saved.size)
     for name in ("rank-0.pack", "rank-0.json"):
         assert target.read(f"{WHERE}/{name}") == storage.read(f"{WHERE}/{name}")
     assert points[-1] == "drain.done"
     assert set(points[:-1]) == {"drain.chunk"}
-    assert pack.copy(storage, target, WHERE, 0).sha256 == saved.sha256  # may run again
+    assert drain.copy(storage, target, WHERE, 0).sha256 == saved.sha256  # may run again
 
 
 @pytest.mark.parametrize("damage", ["payload", "crc", "truncated", "missing", "part"])
@@ -170,7 +170,7 @@ def test_a_damaged_source_is_not_drained(
         expected = (f"{WHERE}/rank-0.json", 0, part_size)
     target = open_storage(str(tmp_path / "shared"))
     with pytest.raises(CorruptError) as caught:
-        pack.copy(storage, target, WHERE, 0)
+        drain.copy(storage, target, WHERE, 0)
     assert (caught.value.path, caught.value.start, caught.value.end) == expected
     assert target.list(WHERE) == []
 
@@ -178,13 +178,13 @@ def test_a_damaged_source_is_not_drained(
 def test_a_drain_keeps_its_pace(sealed: Sealed, storage: Storage, tmp_path: Path) -> None:
     pack.persist(sealed.view, sealed.part, storage, WHERE)
     counts: list[int] = []
-    pack.copy(storage, open_storage(str(tmp_path / "shared")), WHERE, 0, pace=counts.append)
+    drain.copy(storage, open_storage(str(tmp_path / "shared")), WHERE, 0, pace=counts.append)
     assert sum(counts) == sealed.part.size
 
 
 def test_a_missing_part_is_not_found(storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        pack.copy(storage, open_storage(str(tmp_path / "shared")), WHERE, 0)
+        drain.copy(storage, open_storage(str(tmp_path / "shared")), WHERE, 0)
 
 
 def test_a_full_disk_leaves_nothing(sealed: Sealed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
