@@ -389,6 +389,8 @@ class Checkpointer:
         if set(objects) != set(into if isinstance(into, dict) else ()):
             check_fillable(into)
         found = self._restorer.restore(objects, step)
+        if isinstance(self._office, Clerk):
+            self._office.settle()  # what was found damaged on the way is out of ``steps()``
         self._restores += 1
         self._say_started(found)
         if found is None:

@@ -33,6 +33,7 @@ from resilience.runtime.chronicle import Chronicle
 from resilience.runtime.logkeeper import LogKeeper
 from storage_backends.base import Storage
 
+_SETTLE_S = 30.0
 _HURRY = object()
 
 
@@ -181,6 +182,10 @@ class Clerk:
         for candidate in candidates(self.state):
             if candidate.ref.step > step:
                 self.quarantine(candidate.ref, candidate.tier, reason)
+
+    def settle(self) -> None:
+        """Return when the log says what it was to say, or cannot for now."""
+        self._log.settle(_SETTLE_S)
 
     def hurry(self) -> None:
         """Somebody waits: look at storage soon."""

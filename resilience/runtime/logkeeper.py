@@ -66,7 +66,9 @@ class LogKeeper:
         self._nodes = nodes
         self._broken = broken
         self._log = CommitLog(storage, new_id=lambda: uuid.uuid4().hex)
-        self._orders: queue.SimpleQueue[c.Command | CheckpointRef | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[c.Command | CheckpointRef | threading.Event | None] = (
+            queue.SimpleQueue()
+        )
         self._retired: list[tuple[float, CheckpointRef]] = []
         self._sweep_at: float | None = None
         self.state = LogState()
@@ -77,6 +79,12 @@ class LogKeeper:
 
     def perform(self, command: c.Command) -> None:
         self._orders.put(command)
+
+    def settle(self, timeout: float) -> bool:
+        """Return when what was handed over so far is carried out; ``False`` after ``timeout`` seconds."""
+        done = threading.Event()
+        self._orders.put(done)
+        return done.wait(timeout)
 
     def discard(self, ref: CheckpointRef) -> None:
         """A save was given up: its bytes go after the grace period, unless the log holds it by then after all."""
@@ -105,6 +113,9 @@ class LogKeeper:
                 self._collect(everything=self._finished)
                 self._trim()
                 return
+            if isinstance(command, threading.Event):
+                command.set()
+                continue
             if isinstance(command, CheckpointRef):
                 self._retired.append((time.monotonic() + _GRACE_S, command))
                 continue

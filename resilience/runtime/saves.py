@@ -89,7 +89,9 @@ class Saves:
     def copying(self, key: ArenaKey, told: dict[str, Any]) -> None:
         """A rank has begun to fill a slot: the writer may follow. A word that is lost with a writer costs only the
         head start, so nothing is kept of it."""
-        order = {name: told[name] for name in ("slot", "attempt", "step", "part", "trained") if name in told}
+        order: dict[str, Any] = {
+            name: told[name] for name in ("slot", "attempt", "step", "part", "trained") if name in told
+        }
         self.tell({"t": "follow", "key": list(key), "generation": key[0], "rank": key[1], **order})
 
     def sealed(self, key: ArenaKey, seal: dict[str, Any]) -> None:

@@ -216,13 +216,13 @@ def test_local_runs_the_body_in_this_process(jobs):
 
 
 def test_state_larger_than_memory_says_how_much_is_needed(cluster, jobs, chaos):
-    # Once it can be promised (it is never touched); the two snapshots of it cannot.
-    size = psutil.virtual_memory().total // 4 * 3
+    # Once it can be promised (it is never touched); a snapshot of it cannot.
+    size = psutil.virtual_memory().total // 4 * 5
     with pytest.raises(TrainingError) as caught:
         chaos.run(jobs.huge, arguments={"size": size})
     found = re.search(r"snapshots need ([\d,]+) bytes of memory .* are available", str(caught.value))
     assert found, str(caught.value)
-    assert int(found[1].replace(",", "")) >= 2 * size
+    assert int(found[1].replace(",", "")) >= size
     assert "docker run --memory" in str(caught.value), "how to give it"
 
 
