@@ -170,6 +170,7 @@ class Job:
             "shared": shared,
             "nvme": nvme,
             "drain_rate": options.drain_rate,
+            "snapshot": options.snapshot,
             "wanted": wanted,
             "faults": list(options.faults),
             "fault_codes": fault_codes,

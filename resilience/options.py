@@ -30,6 +30,10 @@ class Options:
         topology: topology levels, outermost first; node labels ``resilience.io/<level>`` give their values.
         checkpoint_every: steps between checkpoints; ``None`` = as often as training waits at most ``overhead`` for.
         overhead: fraction of the time that automatic checkpoints may make training wait.
+        snapshot: ``blocking``: training waits for the copy of its state; ``overlapped``: what only optimizers change is
+            copied beside the next forward and backward pass, and training waits, at the latest, before an optimizer
+            steps. Parameters must then change in ``optimizer.step()`` only (a snapshot whose tensors changed elsewhere
+            is dropped, and said). Where overlap costs more than it hides, snapshots block again.
         drain_rate: bytes per second that each node may move from its near tier to shared storage, where that would be
             in training's way; ``None`` = as fast as it goes, at low priority.
         keep_last, keep_every: checkpoints to keep: the newest ones, and every so many steps (``None`` = no more).
@@ -54,6 +58,7 @@ class Options:
     topology: tuple[str, ...] = ("supernode",)
     checkpoint_every: int | None = None
     overhead: float = 0.01
+    snapshot: str = "blocking"
     drain_rate: float | None = None
     keep_last: int = 3
     keep_every: int | None = None
@@ -78,6 +83,8 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 _refuse(name, value, "a number of seconds > 0")
+        if self.snapshot not in ("blocking", "overlapped"):
+            _refuse("snapshot", self.snapshot, "'blocking' or 'overlapped'")
         rate = self.drain_rate
         if rate is not None and (
             not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf

@@ -1,26 +1,35 @@
-"""Which optimizers have stepped: what a stale snapshot is told by.
+"""Optimizers and their steps: which have stepped, and what nothing but a step changes.
 
-Owns a hook on every tracked optimizer that counts its steps. An optimizer that stepped has changed its state; one
-that did not (gradients are being accumulated, a scaler skipped the step) has rightly left it as it was. Must never
-keep an optimizer alive.
+Owns hooks on every tracked optimizer. After a step: an optimizer that stepped has changed its state, which a stale
+snapshot is told by; one that did not (gradients are being accumulated, a scaler skipped the step) has rightly left it
+as it was. Before a step: a snapshot that is still being copied has to be complete. Must never keep an optimizer alive.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from resilience.checkpoint.shard import Shard
 from resilience.checkpoint.tree import segment
+from resilience.integrations.torch import parameters_of
 from resilience.integrations.torch_state import State
+
+_SMALL = 64 << 10  # bytes up to which an array is copied at once: a task of its own would cost as much
 
 
 class Stepped:
-    """The optimizers among tracked objects that stepped since they were last asked about."""
+    """The optimizers among tracked objects that stepped since they were last asked about.
 
-    def __init__(self) -> None:
+    Args:
+        before: called before each step of any of them.
+    """
+
+    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
+        self._before = before
         self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
@@ -33,23 +42,57 @@ class Stepped:
         """
         names = []
         for name, value in objects.items():
-            if isinstance(value, torch.optim.Optimizer):
-                if self._ask(value):
-                    names.append(f"{segment(name)}/state")
-            elif isinstance(value, State) and value.optimizers:
-                asked = [self._ask(optimizer) for optimizer in value.optimizers]
-                if all(asked):
-                    names.append(f"{segment(name)}/optimizer/state")
+            asked = [self._ask(optimizer) for optimizer in _optimizers(value)]
+            if asked and all(asked):
+                names.append(f"{segment(name)}/{'optimizer/' if isinstance(value, State) else ''}state")
         return names
 
     def _ask(self, optimizer: torch.optim.Optimizer) -> bool:
         if optimizer not in self._known:
             self._known.add(optimizer)
+            optimizer.register_step_pre_hook(self._wait)
             optimizer.register_step_post_hook(self._note)
             return False
         stepped = optimizer in self._stepped
         self._stepped.discard(optimizer)
         return stepped
 
+    def _wait(self, *_: Any) -> None:
+        self._before()  # what a hook returns would be the step's new arguments
+
     def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped.add(optimizer)
+
+
+def changed_by_steps(arrays: Mapping[str, Any], objects: Mapping[str, Any]) -> frozenset[str]:
+    """Keys of the arrays that change only when a tracked optimizer steps: its parameters and its own state. Not the
+    small ones, nor anything else: buffers change in the forward pass, numbers of the user's at any time.
+
+    Args:
+        arrays: by key, as ``tree.flatten`` returned them for the objects.
+        objects: the tracked objects by name.
+    """
+    memory: set[tuple[str, int]] = set()
+    for value in objects.values():
+        for optimizer in _optimizers(value):
+            memory.update(_memory(tensor) for tensor in parameters_of(optimizer))
+            for state in optimizer.state.values():
+                memory.update(_memory(item) for item in state.values() if isinstance(item, torch.Tensor))
+    found = set()
+    for key, array in arrays.items():
+        tensor = array.local if isinstance(array, Shard) else array
+        if isinstance(tensor, torch.Tensor) and tensor.nbytes > _SMALL and _memory(tensor) in memory:
+            found.add(key)
+    return frozenset(found)
+
+
+def _optimizers(value: Any) -> Iterator[torch.optim.Optimizer]:
+    if isinstance(value, torch.optim.Optimizer):
+        yield value
+    elif isinstance(value, State):
+        yield from value.optimizers
+
+
+def _memory(tensor: torch.Tensor) -> tuple[str, int]:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return str(local.device), local.data_ptr()

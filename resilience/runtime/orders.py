@@ -34,6 +34,7 @@ def start_order(
             "world_size": len(command.table),
             "run": spec["run"],
             "checkpoint_every": spec["policy"]["checkpoint_every"],
+            "snapshot": spec.get("snapshot", "blocking"),
             "restore": restore,
             "arguments": spec["arguments"],
             "failpoints": failpoints,

@@ -17,27 +17,19 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
-from resilience.checkpoint.arena import Arena
-from resilience.checkpoint.part import draft
-from resilience.checkpoint.plan import Plan, plan
+from resilience.checkpoint.overlap import Mode
 from resilience.checkpoint.restore import Checkpoint, Source
-from resilience.checkpoint.snapshot import snapshot, specs_of
-from resilience.checkpoint.trained import Trained
-from resilience.checkpoint.tree import flatten
-from resilience.errors import CorruptError, ExhaustedError, UnavailableError
+from resilience.errors import CorruptError, UnavailableError
 from resilience.run import Interrupted, Run
 from resilience.runtime.failpoint import Failpoints
 from resilience.runtime.output import Stream
 from resilience.runtime.page import Page
+from resilience.runtime.snapshots import Snapshots
 from resilience.runtime.wire import Channel
 
-SLOTS = 2
 _LOG_EVERY_S = 0.5
-_SLOT_WAIT_S = 10.0
-_LAST_SLOT_WAIT_S = 300.0
 # Exit codes of a rank's process; its message to the agent says more.
 EXIT_USER_ERROR = 1
 EXIT_RESTORE_FAILED = 75
@@ -147,12 +139,6 @@ class RankHost:
         self._restored: _Restoring | None = None
         self._restore_begun = False
         self._restore_told = False
-        self._arena: Arena | None = None
-        self._arena_id = 0
-        self._plan: Plan | None = None
-        self._saved = -1
-        self._trained = Trained()
-        self._behind = False  # the last save found no slot
         self._done = 0
         self._total: int | None = None
         self._first = True
@@ -160,6 +146,7 @@ class RankHost:
         self._values: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
         self._failpoints = Failpoints(message["failpoints"], self._fire)
+        self._snapshots = Snapshots(self, page, Mode(message.get("snapshot", Mode.BLOCKING)))
 
     # Talking to the agent.
 
@@ -176,7 +163,7 @@ class RankHost:
         if fault["action"] == "raise":
             raise RuntimeError(f"injected fault {fault['index']}")
 
-    def _reach(self, point: str, step: int) -> None:
+    def reach(self, point: str, step: int) -> None:
         if self._failpoints:
             self._failpoints.reach(point, rank=self.rank, step=step, generation=self.generation)
 
@@ -192,9 +179,9 @@ class RankHost:
         self._page.enter("restore")
         if "unfetched" in self._sources:
             raise _RestoreFailed(self._sources["unfetched"])
-        self._reach("restore.begin", self._sources["step"])
+        self.reach("restore.begin", self._sources["step"])
         self._restored = _Restoring(self._sources, self)
-        self._saved = self._done = self._restored.step
+        self._snapshots.saved = self._done = self._restored.step
         self._page.enter("start")
         self._page.beat(self._done)
         return self._restored
@@ -215,21 +202,23 @@ class RankHost:
 
     def begin(self, step: int) -> None:
         self._page.beat(step)
+        self._snapshots.step_begins()
         if self._failpoints:
-            self._reach("step", step)
+            self.reach("step", step)
 
     def end(self, done: int, total: int) -> bool:
         page = self._page
         page.beat(done)
+        self._snapshots.step_ends()
         self._done, self._total = done, total
         if self._first:
             self._first = False
             self.tell({"t": "stepped", "step": done, "total": total})
         at = page.checkpoint_at
-        if self._saved < at < done and at >= 0:  # one saved since then serves as well
+        if self._snapshots.saved < at < done and at >= 0:  # one saved since then serves as well
             self._miss("checkpoint", at, done)
         if done == total or at == done:
-            return done != self._saved
+            return done != self._snapshots.saved
         return self._every is not None and done % self._every == 0
 
     def _miss(self, what: str, wanted: int, done: int) -> None:
@@ -246,7 +235,7 @@ class RankHost:
         if stop < done:
             self._miss("stop", stop, done)
             return False
-        self._flush()
+        self.flush()
         self.tell({"t": "parked", "step": done})
         page.enter("stopping")
         while page.stop_at == done:
@@ -260,11 +249,11 @@ class RankHost:
     def log(self, step: int, values: dict[str, float]) -> None:
         self._values.append({"step": step, **values})
         if time.monotonic() - self._flushed > _LOG_EVERY_S:
-            self._flush()
+            self.flush()
         if self._failpoints:
-            self._reach("log", step)
+            self.reach("log", step)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         self._flushed = time.monotonic()
         if self._values:
             self.tell({"t": "log", "values": self._values})
@@ -275,7 +264,7 @@ class RankHost:
         self._page.beat(self._done)
 
     @contextmanager
-    def _section(self, name: str) -> Iterator[None]:
+    def section(self, name: str) -> Iterator[None]:
         before = self._page.section
         self.enter(name)
         try:
@@ -284,117 +273,15 @@ class RankHost:
             self.enter(before)
 
     def save(self, done: int, capture: Callable[[], dict[str, Any]], objects: dict[str, Any]) -> None:
-        if done == self._saved:
-            return  # a checkpoint is named by its step: this one exists, and another of its name cannot
-        began = time.monotonic()
-        with self._section("snapshot"):
-            self._flush()  # what was logged up to a checkpoint is as safe as the checkpoint
-            self._reach("snapshot.begin", done)
-            arrays, skeleton = flatten(capture(), prefix="")
-            trained = self._trained.since(objects)
-            layout = plan(
-                specs_of(arrays, objects, rank=self.rank), rank=self.rank, world_size=self.world_size
-            )
-            arena = self._fitting_arena(layout)
-            slot = self._acquire(arena, done)
-            if slot is None:
-                return
-
-            @cache
-            def part() -> dict[str, Any]:
-                """Made while the copy goes on, if that takes a while."""
-                return draft(layout, skeleton, run=self.name, step=done, generation=self.generation).to_json()
-
-            def announce(attempt: int) -> None:
-                """The writer may begin while we copy. Only a head start: what counts is the seal."""
-                self.tell(
-                    {
-                        "t": "copying",
-                        "arena": self._arena_id,
-                        "slot": slot,
-                        "attempt": attempt,
-                        "step": done,
-                        "part": part(),
-                        "trained": trained,
-                    }
-                )
-
-            snapshot(
-                arena,
-                slot,
-                arrays,
-                layout,
-                step=done,
-                generation=self.generation,
-                announce=announce,
-                before_seal=lambda: self._reach("snapshot.copied", done),
-            )
-        stall = time.monotonic() - began
-        self._page.add_stall(stall)
-        self._saved = done
-        self.tell(
-            {
-                "t": "sealed",
-                "arena": self._arena_id,
-                "slot": slot,
-                "step": done,
-                "stall_s": stall,
-                "size": layout.size,
-                "part": part(),
-                "trained": trained,
-            }
-        )
-        self._reach("snapshot.sealed", done)
-
-    def _fitting_arena(self, layout: Plan) -> Arena:
-        if self._arena is None or self._arena.slot_bytes < layout.size:
-            if self._arena is not None:
-                self._arena.close()  # the agent and the writer hold it as long as its slots are needed
-            self._arena = self._new_arena(layout.size)
-            self._arena_id += 1
-            self.tell({"t": "arena", "arena": self._arena_id}, (self._arena.fd,))
-        return self._arena
-
-    def _new_arena(self, size: int) -> Arena:
-        """Two slots; one where the memory is not there for two: slower, but a run, and nobody is killed."""
-        try:
-            return Arena.create(SLOTS, size)
-        except ExhaustedError as error:
-            arena = Arena.create(1, size)
-            self.tell(
-                {
-                    "t": "warning",
-                    "message": f"rank {self.rank} has memory for one snapshot only: each save waits until the one "
-                    f"before it is durable ({error})",
-                }
-            )
-            return arena
-
-    def _acquire(self, arena: Arena, done: int) -> int | None:
-        """A slot to write to. Waits for the writer, but not for one whose saves fail, nor a second time for one
-        that did not come: training goes on. The last save, with nothing to train after it, is waited for: what
-        fails frees its slot."""
         last = done in (self._total, self._page.stop_at)
-        deadline = time.monotonic() + (_LAST_SLOT_WAIT_S if last else 0.0 if self._behind else _SLOT_WAIT_S)
-        while True:
-            slot = arena.acquire()
-            if slot is not None:
-                self._behind = False
-                return slot
-            if (self._page.saves_failing and not last) or time.monotonic() > deadline:
-                self._behind = True
-                self.tell(
-                    {"t": "skipped", "step": done, "reason": "every arena slot still waits for storage"}
-                )
-                return None
-            self._page.beat(done)
-            time.sleep(0.001)  # slot states are shared memory: there is nothing to wait on but their words
+        self._snapshots.save(done, capture, objects, last=last)
 
     # The end.
 
     def finish(self, value: Any = None, *, stopped: bool = False) -> None:
         self.ready()  # of a function that has no loop
-        self._flush()
+        self._snapshots.join()
+        self.flush()
         try:
             text = json.dumps(value)
         except (TypeError, ValueError):
@@ -406,8 +293,9 @@ class RankHost:
         self.tell({"t": "finished", "steps": self._done, "stopped": stopped, "value": text})
 
     def fail(self, error: BaseException) -> None:
-        with contextlib.suppress(Exception):  # the metrics are worth less than the traceback that follows
-            self._flush()
+        with contextlib.suppress(Exception):  # neither is worth as much as the traceback that follows
+            self._snapshots.join()
+            self.flush()
         self.tell(
             {
                 "t": "failed",

@@ -70,8 +70,7 @@ class Agent:
     def close(self):
         for arena in self.arenas:
             arena.close()
-        if self.host._arena is not None:
-            self.host._arena.close()
+        self.host._snapshots.close()
         for closable in (self.channel, self.theirs, self.page, self.rank_page):
             closable.close()
 
@@ -389,7 +388,7 @@ def test_memory_for_one_snapshot_is_used_for_one_and_it_is_said(make, monkeypatc
         free = 16384 if slots == 1 else 8192
         return create(slots, size, probe=lambda: Available((64 << 20) + free, "cgroup x"))
 
-    monkeypatch.setattr("resilience.runtime.rank.Arena.create", tight)
+    monkeypatch.setattr("resilience.runtime.snapshots.Arena.create", tight)
     agent = make(checkpoint_every=1)
     agent.steps(1, 1)
     [warning] = agent.heard("warning")
