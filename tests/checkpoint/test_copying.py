@@ -69,8 +69,9 @@ def held(arena: Arena, slot: int, layout: Plan) -> dict[str, bytes]:
     image = arena.view(slot)
     found: dict[str, bytes] = {}
     for chunk in layout.chunks:
-        payload = np.frombuffer(image[chunk.offset : chunk.offset + chunk.length], np.uint8)
-        found[chunk.key] = found.get(chunk.key, b"") + payload.tobytes()
+        length = chunk.box.count * np.dtype(chunk.dtype).itemsize  # what follows in a last chunk is padding
+        payload = bytes(image[chunk.offset : chunk.offset + length])
+        found[chunk.key] = found.get(chunk.key, b"") + payload
     return found
 
 
