@@ -28,9 +28,10 @@ import google_crc32c
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from benchmarks.save_restore import State, drop_cache, gpt_state
 
 from benchmarks import large_world, report
+from benchmarks.checkpoint.machine import drop_cache
+from benchmarks.checkpoint.state import State, gpt_state
 from resilience.checkpoint.arena import Arena
 from resilience.checkpoint.pack import persist
 from resilience.checkpoint.part import directory as directory_of
@@ -41,8 +42,6 @@ from resilience.checkpoint.shard import Shard
 from resilience.checkpoint.snapshot import snapshot
 from resilience.checkpoint.tree import flatten
 from storage_backends import open_storage
-
-_LAYERS_A_GIB = 4
 
 
 def save(state: Any, directory: str, *, rank: int = 0, world_size: int = 1, step: int = 1) -> Source:
@@ -234,7 +233,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one rank, meant
     where = arguments.directory or os.getcwd()
     directory = tempfile.mkdtemp(prefix="restore-", dir=where)
-    state = gpt_state(max(1, round(_LAYERS_A_GIB * arguments.gib)) if arguments.only != "plan" else 1)
+    state = gpt_state(arguments.gib if arguments.only != "plan" else 0.1)
     measures: dict[str, Callable[[], Any]] = {
         "cold": lambda: cold(directory, state, arguments.rounds),
         "reshard": lambda: reshard(directory, state, arguments.rounds, [(4, 3), (3, 8)]),

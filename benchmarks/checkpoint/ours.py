@@ -14,12 +14,13 @@ from resilience.checkpoint import fit, retention
 from resilience.checkpoint.arena import Arena
 from resilience.checkpoint.part import draft
 from resilience.checkpoint.plan import plan
-from resilience.checkpoint.restore import Source, restore
+from resilience.checkpoint.restore import Source, restore_into
 from resilience.checkpoint.snapshot import snapshot, specs_of
-from resilience.checkpoint.tree import flatten, unflatten
+from resilience.checkpoint.tree import flatten
 from resilience.control.types import CheckpointRef
 from resilience.runtime.spawn import spawn
 from storage_backends import open_storage
+from storage_backends.recycle import trim
 
 _KEY = [1, 0, 1]  # generation, rank, arena
 
@@ -86,8 +87,9 @@ class Ours:
 
     def restore(self, state: State, directory: str) -> None:
         step, source = self._steps[directory]
-        got = restore([source], run="benchmark", step=step, generation=1, rank=0, world_size=1)
-        fit.apply(state, unflatten(got.skeleton, got.arrays)["state"], name="state")
+        restore_into(
+            [source], {"state": state}, run="benchmark", step=step, generation=1, rank=0, world_size=1
+        )
 
     def discard(self, directory: str) -> None:
         ref = CheckpointRef(self._steps.pop(directory)[0], 1)
@@ -99,4 +101,4 @@ class Ours:
         self._writer.wait(10)
         self._arena.close()
         for storage in self._tiers:
-            storage.trim()
+            trim(storage)

@@ -81,6 +81,9 @@ def measure(state: Any, root: str, rate: float | None, rounds: int) -> dict[str,
             pause = threading.Event()
             threading.Timer(1.0, pause.set).start()
             found["alone"].append(steps(pause))
+            for tensors in state.values():
+                for tensor in tensors.values():
+                    tensor.view(-1)[:: 1 << 20] += 1  # no chunk holds the same bytes again
             finish = system.begin(state, f"save-{number}")
             drained = threading.Event()
             waiter = threading.Thread(
