@@ -339,6 +339,8 @@ def _or_die(loop: Callable[[], None]) -> None:
     """Run a thread of ours; its unforeseen end is the end of the writer, which is then started again."""
     try:
         loop()
+    except Closed:  # nobody to tell any more; the thread that reads orders ends the process
+        return
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
         os._exit(70)
