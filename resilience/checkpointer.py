@@ -304,13 +304,17 @@ class Checkpointer:
             ),
             broken=lambda: self._board.broken,
         )
-        if self._back is not None and isinstance(self._office, Clerk):
-            self._office.go_back(self._back)
-        self._back = None
-        self._board.open(step)
-        self._last = step
-        stall = time.monotonic() - begun
-        self._office.sealed(step, stall_s=stall, size=layout.size)
+        try:
+            if self._back is not None and isinstance(self._office, Clerk):
+                self._office.go_back(self._back)
+            self._back = None
+            self._board.open(step)
+            self._last = step
+            stall = time.monotonic() - begun
+            self._office.sealed(step, stall_s=stall, size=layout.size)
+        except BaseException:
+            self._slots.give_up(seal["slot"])
+            raise
         self._writer.sealed(self._slots.key, seal, deadline=given.deadline)
         return SaveHandle(self._board, self._office.hurry, step, self.generation, time.monotonic() - begun)
 

@@ -33,7 +33,8 @@ class Options:
         snapshot: ``blocking``: training waits for the copy of its state; ``overlapped``: what only optimizers change is
             copied beside the next forward and backward pass, and training waits, at the latest, before an optimizer
             steps. Parameters must then change in ``optimizer.step()`` only (a snapshot whose tensors changed elsewhere
-            is dropped, and said). Where overlap costs more than it hides, snapshots block again.
+            is dropped, and said; what goes past torch, ``tensor.data`` or an extension's kernel, is not seen). Where
+            overlap costs more than it hides, snapshots block again.
         drain_rate: bytes per second that each node may move from its near tier to shared storage, where that would be
             in training's way; ``None`` = as fast as it goes, at low priority.
         keep_last, keep_every: checkpoints to keep: the newest ones, and every so many steps (``None`` = no more).

@@ -82,7 +82,13 @@ def hard_link(source: str, target: str) -> bool:
         if error.errno not in _NO_LINKS:
             raise
         return False
-    return stat.S_ISREG(os.lstat(target).st_mode)
+    status = os.lstat(target)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink >= 2:
+        return True
+    os.unlink(
+        target
+    )  # a symbolic link, or names that the file system does not count: those bytes could be recycled
+    return False
 
 
 def _rename_noreplace(temporary: str, final: str) -> bool:

@@ -114,6 +114,10 @@ class RangeReader:
             self.read_bytes += count
             if count == 0 or (self._direct and count % ALIGN):
                 break  # the end of the file
+        if first + done < min(
+            end, self.size
+        ):  # not the end of the file: some network file systems read short
+            return self._buffered(start, end, into)
         return into[start - first : min(end - first, max(done, start - first))]
 
     def _buffered(self, start: int, end: int, into: memoryview) -> memoryview:

@@ -63,17 +63,17 @@ class PersistResult:
 
 @dataclass(frozen=True)
 class Earlier:
-    """The rank's save before in the same storage, while its snapshot is still in memory.
+    """The rank's save before in the same storage.
 
     Attributes:
         base: what it left.
-        view: its slot.
+        view: its slot, while its snapshot is still in memory.
         whole: whether the slot still holds it: its rank may take it at any moment.
     """
 
     base: Base
-    view: memoryview
-    whole: Callable[[], bool]
+    view: memoryview | None = None
+    whole: Callable[[], bool] = lambda: False
 
 
 def crc32c(data: bytes | memoryview, before: int = 0) -> int:
@@ -212,7 +212,9 @@ class _Older:
         self._storage, self._directory = storage, directory
         self._draft = draft
         self._chunks = [] if self.base is None else before(self.base)
-        self._packs = frozenset() if self.base is None else offered(self.base)
+        self._view = earlier.view if earlier is not None else None
+        # Without the bytes to compare with nothing can be left out; what has changed can still be told.
+        self._packs = frozenset() if self.base is None or self._view is None else offered(self.base)
         self._links: dict[int, bool] = {}  # packs that were asked for: whether they have their new name
 
     def expected(self) -> int:
@@ -229,10 +231,10 @@ class _Older:
 
     def take(self, view: memoryview, number: int) -> bool:
         """Have the chunk's bytes, seen to be the same, under the new checkpoint's name. False: write them."""
-        assert self._earlier is not None and self.base is not None
+        assert self._earlier is not None and self._view is not None
         chunk = self._draft.chunks[number]
         end = chunk.offset + chunk.length
-        if not _equal(view[chunk.offset : end], self._earlier.view[chunk.offset : end]):
+        if not _equal(view[chunk.offset : end], self._view[chunk.offset : end]):
             return False
         pack = self._chunks[number].pack
         # Asked last: had the rank taken the slot in the middle of the comparison, it would have proved nothing.

@@ -267,7 +267,7 @@ class Part:
         ``from_json``."""
         try:
             return cls.from_json(json.loads(data), like)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise CorruptError(
                 f"part {path} cannot be read: {type(error).__name__}: {error}",
                 operation="read part",

@@ -293,8 +293,14 @@ class Clerk:
                     self._lost(f"generation {newest}")
                     return False
                 found = self._gather.look(save.ref, skip=self.rank)
-            except ResilienceError:
+            except UnavailableError:
                 return False  # storage is away: the next look sees
+            except ResilienceError as error:
+                # Damaged, or not ours to read: that save has no future, and the others must not wait for it.
+                news = True
+                for tier in (retention.NVME, retention.SHARED):
+                    self._fail(save.ref.step, tier, f"what another rank left cannot be read: {error}", None)
+                continue
             for note in found:
                 news = True
                 self._on(self._noted(save.ref, note))

@@ -58,6 +58,7 @@ class Follower:
         self._pause = Pause()
         self._due: list[tuple[float, dict[str, Any]]] = []
         self._state = fold(log.refresh())
+        self._told: set[str] = set()
         self._thread = threading.Thread(target=self._loop, name="resilience-follower", daemon=True)
 
     @property
@@ -67,9 +68,7 @@ class Follower:
 
     def begin(self, board: Board) -> None:
         self._board = board
-        kept = [str(checkpoint.ref) for checkpoint in self._state.checkpoints]
-        sweep = {"t": "sweep", "kept": kept, "below": self._generation}
-        self._due.append((time.monotonic() + _GRACE_S, sweep))
+        self._due.append((time.monotonic() + _GRACE_S, {"t": "sweep", "below": self._generation}))
         self._thread.start()
 
     def sealed(self, step: int, *, stall_s: float, size: int) -> None:
@@ -86,6 +85,8 @@ class Follower:
 
     def close(self, *, steps: int, reason: str) -> None:
         self.abort()
+        if self._nvme is not None:
+            near.remove(self._nvme, {"t": "trim"})
 
     def abort(self) -> None:
         if self._thread.ident is not None:
@@ -152,9 +153,17 @@ class Follower:
                     if isinstance(note, Failure):
                         self._fail(note.rank, step, note.tier, note.error)
                         news = True
-        except ResilienceError:
+        except UnavailableError:
             return False  # storage is away: the next look sees
+        except ResilienceError as error:
+            self._tell_once(f"what other ranks have left cannot be read: {error}")
+            return False
         return news
+
+    def _tell_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            self._tell(message)
 
     def _fold(self, state: LogState, board: Board, pending: list[int]) -> bool:
         news = False
@@ -181,6 +190,12 @@ class Follower:
             _at, order = self._due.pop(0)
             if self._nvme is not None:
                 try:
+                    if order["t"] == "sweep":
+                        # As the log is now: rank 0 adopts what the start before left after we have begun.
+                        state = fold(self._log.refresh())
+                        if state.generation != self._generation:
+                            continue  # not ours to sweep any more
+                        order = {**order, "kept": [str(checkpoint.ref) for checkpoint in state.checkpoints]}
                     near.remove(self._nvme, order)
                 except ResilienceError as error:
                     self._tell(f"could not remove checkpoints from nvme: {error}")

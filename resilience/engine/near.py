@@ -10,11 +10,15 @@ from typing import Any
 from resilience.checkpoint import retention
 from resilience.control.types import CheckpointRef
 from storage_backends.base import Storage
+from storage_backends.recycle import trim
 
 
 def remove(storage: Storage, order: dict[str, Any]) -> None:
-    """Carry out an order of the log keeper: ``{"t": "delete", "step", "generation"}``, or
+    """Carry out an order of the log keeper: ``{"t": "delete", "step", "generation"}``, ``{"t": "trim"}``, or
     ``{"t": "sweep", "kept", "below"}``."""
+    if order["t"] == "trim":
+        trim(storage)
+        return
     if order["t"] == "sweep":
         refs = retention.stale(storage, kept=order["kept"], below=order["below"])
     else:

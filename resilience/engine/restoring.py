@@ -85,9 +85,10 @@ class Follow:
                     raise _named(proposal["kind"], proposal["error"])
                 return None
             ref = CheckpointRef(proposal["step"], proposal["generation"])
-            attempt = _attempt(self._place, self._office.state, ref, proposal["tier"], objects)
-            if step is not None and step != ref.step:
+            if step is not None and step != ref.step:  # before anything is overwritten
                 attempt = _Attempt(_STOP, f"rank {self._place.rank} wants step {step}")
+            else:
+                attempt = _attempt(self._place, self._office.state, ref, proposal["tier"], objects)
             self._table.answer(attempt.to_json())
             ruling = self._table.ruling()
             if attempt.raised is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from resilience.checkpoint.arena import Arena
+from resilience.checkpoint.arena import Arena, SlotKind
 from resilience.checkpoint.part import draft
 from resilience.checkpoint.plan import Plan
 from resilience.checkpoint.snapshot import snapshot
@@ -79,17 +79,36 @@ class Slots:
             part = draft(layout, skeleton, run=run, step=step, generation=self._generation)
             return {"slot": slot, "step": step, "part": part.to_json(), "trained": list(trained)}
 
-        snapshot(
-            arena,
-            slot,
-            arrays,
-            layout,
-            step=step,
-            generation=self._generation,
-            threads=threads,
-            announce=lambda attempt: copying({**order(), "attempt": attempt}),
-        )
+        def prepare() -> None:
+            """The order is there before the seal: from then on only handing it over can fail."""
+            order()
+
+        try:
+            snapshot(
+                arena,
+                slot,
+                arrays,
+                layout,
+                step=step,
+                generation=self._generation,
+                threads=threads,
+                announce=lambda attempt: copying({**order(), "attempt": attempt}),
+                before_seal=prepare,
+            )
+        except BaseException:  # an interrupt, too: nobody would ever come back for the slot
+            self.give_up(slot)
+            raise
         return order()
+
+    def give_up(self, slot: int) -> None:
+        """What was to be saved there is not: the slot may be taken again."""
+        if self._arena is None:
+            return
+        kind = self._arena.state(slot).kind
+        if kind is SlotKind.WRITING:
+            self._arena.abort(slot)
+        elif kind is SlotKind.SEALED:
+            self._arena.release(slot)
 
     def _acquire(
         self,

@@ -180,6 +180,10 @@ class State:
         module: torch.nn.Module = unwrap(self._model)
         return module
 
+    def parameter_names(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Names of an optimizer's parameters, in the order in which it numbers them."""
+        return [name for name, _ in self._named(optimizer)]
+
     def _named(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.nn.Parameter]]:
         """An optimizer's parameters in the order of its groups, with their names."""
         names: dict[int, str] = {id(value): _plain(key) for key, value in self._module.named_parameters()}

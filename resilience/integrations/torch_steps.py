@@ -22,7 +22,7 @@ _SMALL = 64 << 10  # bytes up to which an array is copied at once: a task of its
 
 
 class Stepped:
-    """The optimizers among tracked objects that stepped since they were last asked about.
+    """The parameters of tracked optimizers that were stepped since they were last asked about.
 
     Args:
         before: called before each step of any of them.
@@ -30,38 +30,54 @@ class Stepped:
 
     def __init__(self, before: Callable[[], None] = lambda: None) -> None:
         self._before = before
-        self._known: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        # Numbers of the parameters that had a gradient in a step, by optimizer.
+        self._stepped: weakref.WeakKeyDictionary[torch.optim.Optimizer, set[int]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def since(self, objects: Mapping[str, Any]) -> list[str]:
-        """Names above the arrays that those optimizers have changed, as ``tree.flatten`` gives them. The first time
-        an optimizer is met nothing is known of it.
+        """Names above the arrays that steps have changed, as ``tree.flatten`` gives them. The first time an optimizer
+        is met nothing is known of it.
 
         Args:
             objects: the tracked objects by name.
         """
         names = []
         for name, value in objects.items():
-            asked = [self._ask(optimizer) for optimizer in _optimizers(value)]
-            if asked and all(asked):
-                names.append(f"{segment(name)}/{'optimizer/' if isinstance(value, State) else ''}state")
+            above = f"{segment(name)}/{'optimizer/' if isinstance(value, State) else ''}state"
+            for optimizer in _optimizers(value):
+                stepped = self._ask(optimizer)
+                if not stepped:
+                    continue
+                if isinstance(value, State):
+                    own = [segment(each) for each in value.parameter_names(optimizer)]
+                else:
+                    own = [str(number) for number in range(len(parameters_of(optimizer)))]
+                    if len(own) == len(stepped):
+                        names.append(above)  # all of it, in one word
+                        continue
+                names += [f"{above}/{own[number]}" for number in stepped]
         return names
 
-    def _ask(self, optimizer: torch.optim.Optimizer) -> bool:
-        if optimizer not in self._known:
-            self._known.add(optimizer)
+    def _ask(self, optimizer: torch.optim.Optimizer) -> list[int]:
+        if optimizer not in self._stepped:
+            self._stepped[optimizer] = set()
             optimizer.register_step_pre_hook(self._wait)
             optimizer.register_step_post_hook(self._note)
-            return False
-        stepped = optimizer in self._stepped
-        self._stepped.discard(optimizer)
-        return stepped
+            return []
+        stepped, self._stepped[optimizer] = self._stepped[optimizer], set()
+        return sorted(stepped)
 
     def _wait(self, *_: Any) -> None:
         self._before()  # what a hook returns would be the step's new arguments
 
     def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._stepped.add(optimizer)
+        # A scaler hands fused optimizers a flag that may make the step do nothing: it lies on the device, and is not
+        # worth waiting for.
+        if getattr(optimizer, "found_inf", None) is not None or optimizer not in self._stepped:
+            return
+        parameters = parameters_of(optimizer)
+        self._stepped[optimizer].update(n for n, p in enumerate(parameters) if p.grad is not None)
 
 
 def changed_by_steps(arrays: Mapping[str, Any], objects: Mapping[str, Any]) -> frozenset[str]:

@@ -27,7 +27,7 @@ from resilience.checkpoint.follow import Following, Sealed, Source, Torn
 from resilience.checkpoint.increment import Base
 from resilience.checkpoint.pace import Pace
 from resilience.checkpoint.part import Part, directory
-from resilience.errors import ResilienceError
+from resilience.errors import CorruptError, ResilienceError
 from resilience.runtime.failpoint import Failpoints
 from resilience.runtime.system import die_with_parent, yield_to_others
 from resilience.runtime.wire import Channel, Closed
@@ -234,6 +234,9 @@ class Writer:
                 continue
             try:
                 result = self._write(job, arena, part, storage, tier, Sealed())
+            except CorruptError as error:
+                self._failed(job, "memory", error)  # it is the snapshot that is wrong: no tier shall have it
+                return False
             except ResilienceError as error:
                 self._failed(job, tier, error)  # and go straight to the colder tier, while the slot is there
             else:
@@ -260,16 +263,18 @@ class Writer:
         return result
 
     def _earlier(self, rank: int, tier: str) -> pack.Earlier | None:
-        """The rank's last save in this tier, if its snapshot is still in memory."""
+        """The rank's last save in this tier, with its snapshot if that is still in memory."""
         last = self._last.get((rank, tier))
-        arena = self._arenas.get(last.arena) if last is not None else None
-        if last is None or arena is None:
+        if last is None:
             return None
+        arena = self._arenas.get(last.arena)
+        if arena is None:
+            return pack.Earlier(last.base)
 
         def whole() -> bool:
             return arena.state(last.slot).attempt == last.attempt
 
-        return pack.Earlier(last.base, arena.view(last.slot), whole) if whole() else None
+        return pack.Earlier(last.base, arena.view(last.slot), whole) if whole() else pack.Earlier(last.base)
 
     def _saved(self, job: _Job, tier: str, result: pack.PersistResult) -> None:
         self._done(job, tier, result)

@@ -164,3 +164,28 @@ def test_an_optimizer_is_asked_whether_it_stepped(training: Training) -> None:
     training.step()
     assert training.trained.since(training.objects) == ["opt/state"]
     assert training.trained.since(training.objects) == []
+
+
+def test_only_parameters_with_a_gradient_were_trained(training: Training) -> None:
+    """An optimizer that is stepped over a frozen part leaves that as it is."""
+    training.optimizer.zero_grad()
+    training.model[2](torch.ones(1, 300)).sum().backward()
+    training.optimizer.step()
+    assert training.trained.since(training.objects) == ["opt/state/4", "opt/state/5"]
+    training.optimizer.zero_grad()
+    training.optimizer.step()
+    assert training.trained.since(training.objects) == []
+
+
+def test_a_step_that_a_scaler_may_have_skipped_proves_nothing(training: Training) -> None:
+    """A fused optimizer is stepped with a flag that lies on the device, and may have done nothing."""
+    training.optimizer = torch.optim.AdamW(training.model.parameters(), fused=True)
+    training.step()
+    training.trained.since(training.objects)
+    before = training.model[0].weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(training.forward() * float("inf")).backward()
+    scaler.step(training.optimizer)
+    scaler.update()
+    assert torch.equal(training.model[0].weight, before), "it did nothing"
+    assert training.trained.since(training.objects) == []

@@ -139,6 +139,7 @@ def test_equal_checksums_alone_are_no_proof(line: Line) -> None:
     for step in (1, 2):
         line.save(step)
     assert line.last is not None
+    assert line.last.view is not None
     line.last.view[:FROZEN] = bytes(FROZEN)
     assert line.save(3).size > FROZEN
     line.check(3)
@@ -218,7 +219,7 @@ def test_a_successor_of_a_writer_that_died_finds_the_part(line: Line) -> None:
         line.save(step)
     arrays, skeleton = flatten(line.state, prefix="")
     layout = plan(specs(arrays), rank=0, world_size=1, chunk_bytes=1 << 20)
-    assert line.last is not None
+    assert line.last is not None and line.last.view is not None
     part = draft(layout, skeleton, run="r", step=3, generation=1)
     again = pack.persist(line.last.view, part, line.storage, directory(3, 1))
     assert again.sha256 == line.saved[3][1].sha256
@@ -232,5 +233,13 @@ def test_a_snapshot_whose_optimizer_stood_still_is_refused(line: Line) -> None:
     with pytest.raises(CorruptError, match="stale"):
         line.save(2, trained=("opt/state",))
     assert line.storage.list(directory(2, 1)) == [], "nothing of it is visible"
+    assert line.last is not None and line.arena is not None
+    [taken] = line.arena.sealed()
+    line.arena.release(taken)
+    line.last = pack.Earlier(line.last.base)  # its slot was taken by the snapshot that was refused
+    with pytest.raises(CorruptError, match="stale"):
+        line.save(4, trained=("opt/state",))
+    [taken] = line.arena.sealed()
+    line.arena.release(taken)
     line.state["opt"]["state"][0]["exp_avg"] += 1
-    line.save(3, trained=("opt/state",))
+    line.save(5, trained=("opt/state",))

@@ -39,6 +39,29 @@ def test_the_newest_shared_one_stays_while_newer_ones_are_on_nodes_only():
     assert [ref.step for ref in retire(have, keep_last=2, keep_every=None)] == [10, 20, 40]
 
 
+def test_what_training_went_back_behind_pushes_nothing_out():
+    """Steps 980 to 1000 of generation 1 cannot be read; generation 2 went on from 900."""
+    old = tuple(
+        Kept(CheckpointRef(step, 1), BOTH if step <= 900 else LOCAL) for step in (890, 900, 980, 990, 1000)
+    )
+
+    def gone(*steps, tiers=LOCAL, keep_last=3):
+        new = tuple(Kept(CheckpointRef(step, 2), tiers) for step in steps)
+        return [str(ref) for ref in retire((*old, *new), keep_last=keep_last, keep_every=None)]
+
+    assert gone(910, keep_last=1) == ["step-890-g1"]
+    assert gone(910, 920) == ["step-890-g1"], "900 is what all of it rests on until 910 is in the shared tier"
+    assert gone(910, 920, tiers=BOTH, keep_last=1) == ["step-890-g1", "step-900-g1", "step-910-g2"]
+    assert gone(910, 1010, tiers=BOTH, keep_last=1) == [
+        "step-890-g1",
+        "step-900-g1",
+        "step-910-g2",
+        "step-980-g1",
+        "step-990-g1",
+        "step-1000-g1",
+    ]
+
+
 def test_tiers_are_added_and_taken_away():
     ref = CheckpointRef(10, 1)
     have = add(add((), ref, NVME), ref, SHARED)
