@@ -289,14 +289,16 @@ def test_close_leaves_no_process_and_no_descriptor(make_node):
     assert len(after) == len(before), sorted(after ^ before)
 
 
-def test_close_before_start_leaves_nothing(tmp_path, make_node):
-    from resilience.runtime.node import NodeProcesses
-
-    started = make_node()
+def test_close_before_start_leaves_nothing(tmp_path, node_class):
     gc.collect()  # what tests before this one left in cycles
     before = set(os.listdir("/proc/self/fd"))
-    idle = NodeProcesses(started.config, started.outputs, lambda seen: None)
-    idle.close()
+    idle = node_class(
+        tmp_path
+    )  # never started: a started one opens descriptors in its own thread at any moment
+    opened = set(os.listdir("/proc/self/fd")) - before
+    assert opened, "a node holds descriptors from the moment it is made"
+    idle.processes.close()
+    idle.outputs.close()
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
