@@ -233,12 +233,15 @@ def _failed(rows: Sequence[Row]) -> RenderableType:
     return table
 
 
+_WHOLE = ("run", "result", "started (UTC)")  # columns whose words are never cut: others make room
+
+
 def _table(*columns: str) -> Table:
     """A table with a header; a name that begins with ``>`` is right-aligned."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in columns:
         justify: Any = "right" if name.startswith(">") else "left"
-        table.add_column(name.lstrip(">"), justify=justify, no_wrap=name == "started (UTC)")
+        table.add_column(name.lstrip(">"), justify=justify, no_wrap=name in _WHOLE)
     return table
 
 
